@@ -1,0 +1,217 @@
+"""The training batches: plan, read, prompt, tokenise, prefetch."""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from unicl_jax.data.concepts import ConceptTable
+from unicl_jax.data.prompts import fill
+from unicl_jax.data.records import NO_LABEL, Request, Source
+from unicl_jax.data.sampler import Plan, Sampler, SourceInfo, hash_bits
+
+Batch = dict[str, np.ndarray]
+CACHED_TEXTS = 1 << 16  # 20 MB of tokens at 77 slots
+
+
+class TrainIterator:
+    """This process's rows of every batch, from any step on.
+
+    A batch is a pure function of (seed, step), so the whole state is the number of the
+    next step. Reading runs ahead in a thread.
+
+    A batch is a dict of `image` [b, H, W, 3] uint8, `label` [b] int32 (concepts, or
+    NO_LABEL) and `tokens` [b, L] int32. With `share_prompts` there are only as many
+    rows of tokens as distinct texts may need, and `text_index` [b] int32 tells which
+    is row i's: `tokens[text_index[i]]`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        concepts: ConceptTable,
+        templates: Sequence[str],
+        tokenize: Callable[[Sequence[str]], np.ndarray],
+        *,
+        batch_size: int,
+        mixture: str,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        share_prompts: bool = False,
+        process_index: int = 0,
+        process_count: int = 1,
+        text_multiple: int = 1,
+        prefetch: int = 2,
+    ):
+        """Plans the run; nothing is read until the first batch is asked for.
+
+        Args:
+          sources: where records come from.
+          concepts: the concept of each source's classes.
+          templates: prompts for class names; one is drawn for each record.
+          tokenize: texts -> [n, L] int32.
+          batch_size: global; divisible by process_count.
+          mixture: a key of `sampler.MIXTURES`.
+          seed: of order, prompts, captions and crops.
+          weights: one a source, for the mixture; default 1.
+          share_prompts: draw one prompt a class and step instead of one a record, and
+            give each distinct text of a batch once; for a single process.
+          process_index: of this process.
+          process_count: of all.
+          text_multiple: the number of token rows is rounded up to a multiple of this
+            (the devices they are spread over).
+          prefetch: batches read ahead.
+        """
+        self.sources, self.concepts, self._prefetch = tuple(sources), concepts, prefetch
+        self._templates, self._tokenize = tuple(templates), tokenize
+        self._seed, self._share_prompts = seed, share_prompts
+        weights = weights or [1.0] * len(sources)
+        self.sampler = Sampler(
+            [
+                SourceInfo(s.name, s.kind, len(s), w)
+                for s, w in zip(sources, weights, strict=True)
+            ],
+            batch_size,
+            mixture,
+            seed,
+        )
+        local = batch_size // process_count
+        self._rows = slice(process_index * local, (process_index + 1) * local)
+        slots = min(local, self._most_texts()) if share_prompts else local
+        self.text_slots = -(-slots // text_multiple) * text_multiple
+        self._token_cache: dict[str, np.ndarray] = {}
+        self._step, self._queue, self._stop = 0, None, threading.Event()
+        self._worker = None
+
+    def _most_texts(self):
+        """The most distinct texts of a batch: a class brings one prompt a step."""
+        most = self.sampler.most_rows()
+        return sum(
+            min(n, len(s.class_names)) if s.class_names else n
+            for n, s in zip(most, self.sources, strict=True)
+        )
+
+    def state(self) -> dict[str, Any]:
+        """The position: the step whose batch comes next."""
+        return {"step": self._step}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position; read-ahead of another one is dropped."""
+        self.close()
+        self._step = int(state["step"])
+
+    def skipped(self) -> dict[str, int]:
+        """Unreadable records replaced so far, by "source/reason"."""
+        return {
+            f"{source.name}/{reason}": count
+            for source in self.sources
+            for reason, count in source.skipped.items()
+        }
+
+    def __iter__(self):
+        """Returns itself; the batches never end."""
+        return self
+
+    def __next__(self) -> Batch:
+        """Returns the next batch, or raises what the reading thread met."""
+        if self._worker is None:
+            self._queue = queue.Queue(self._prefetch)
+            self._stop = threading.Event()
+            self._worker = threading.Thread(
+                target=self._work,
+                args=(self._step, self._queue, self._stop),
+                daemon=True,
+            )
+            self._worker.start()
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        self._step += 1
+        return item
+
+    def close(self) -> None:
+        """Stops reading ahead; the next batch starts it again."""
+        if self._worker is not None:
+            self._stop.set()
+            while self._worker.is_alive():  # it may be waiting to put
+                try:
+                    self._queue.get(timeout=0.05)
+                except queue.Empty:
+                    pass
+            self._worker = None
+
+    def _work(self, step, out, stop):
+        try:
+            for batch in self._batches(step):
+                out.put(batch)
+                if stop.is_set():
+                    return
+        except BaseException as error:  # reraised by __next__, in the main thread
+            out.put(error)
+
+    def _batches(self, first):
+        """Every batch from step `first` on; each source is read by one stream."""
+
+        def requests(s):
+            step = first
+            while True:
+                plan = self._local(step)
+                mine = plan.source == s
+                yield Request(plan.index[mine], plan.seed[mine])
+                step += 1
+
+        streams = [s.stream(requests(i)) for i, s in enumerate(self.sources)]
+        step = first
+        while True:
+            plan = self._local(step)
+            yield self._assemble(step, plan, [next(stream) for stream in streams])
+            step += 1
+
+    def _local(self, step) -> Plan:
+        return Plan(*(x[self._rows] for x in self.sampler.plan(step)))
+
+    def _assemble(self, step, plan, parts) -> Batch:
+        """Puts the sources' rows in the plan's order and gives each row its text."""
+        size = len(plan.source)
+        images = np.empty((size, *parts[0].images.shape[1:]), np.uint8)
+        labels = np.full(size, NO_LABEL, np.int32)
+        texts: list[str] = [""] * size
+        for s, (source, rows) in enumerate(zip(self.sources, parts, strict=True)):
+            places = np.flatnonzero(plan.source == s)
+            images[places] = rows.images
+            seeds = plan.seed[places]
+            if source.class_names:
+                concepts = self.concepts.of_source[source.name][rows.labels]
+                labels[places] = concepts
+                if self._share_prompts:
+                    seeds = hash_bits(self._seed, 2, step, concepts)
+                picks = seeds % np.array(len(self._templates), seeds.dtype)
+                for place, concept, pick in zip(places, concepts, picks, strict=True):
+                    name = self.concepts.names[concept]
+                    texts[place] = fill(self._templates[pick], name)
+            else:
+                for place, captions, seed in zip(
+                    places, rows.texts, seeds, strict=True
+                ):
+                    texts[place] = captions[seed % len(captions)]
+        batch = dict(image=images, label=labels)
+        if self._share_prompts:
+            index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+            batch["text_index"] = np.array([index[text] for text in texts], np.int32)
+            texts = list(index)
+            texts += texts[:1] * (self.text_slots - len(texts))
+        return batch | dict(tokens=self._tokens(texts))
+
+    def _tokens(self, texts) -> np.ndarray:
+        """Tokenises, remembering texts: prompts and captions come back every epoch."""
+        cache = self._token_cache
+        new = [text for text in dict.fromkeys(texts) if text not in cache]
+        if len(cache) + len(new) > CACHED_TEXTS:
+            cache.clear()
+            new = list(dict.fromkeys(texts))
+        if new:
+            cache.update(zip(new, self._tokenize(new), strict=True))
+        return np.stack([cache[text] for text in texts])

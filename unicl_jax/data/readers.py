@@ -1,0 +1,197 @@
+"""Readers: one record of a format, by its index.
+
+`read(index)` is plain Python and returns (payload, text, label); `parse` turns these
+into (image bytes, text, label) as TensorFlow ops; `explain` says what a payload lacks.
+"""
+
+import json
+import operator
+from collections.abc import Mapping
+
+from unicl_jax.data.decode import SEPARATOR, import_tensorflow, parse_example
+from unicl_jax.data.indexing import Index
+from unicl_jax.data.shards import ShardReader
+from unicl_jax.errors import InputError
+
+_NUM_PROBED = 8  # records looked at before a missing field is called a wrong setting
+_EXAMPLE_KINDS = {"image": "bytes_list", "text": "bytes_list", "label": "int64_list"}
+
+
+class Unreadable(Exception):
+    """A record that cannot be used; `reason` is its entry in `skipped`."""
+
+    def __init__(self, reason: str):
+        """Keeps the reason.
+
+        Args:
+          reason: in a few words, the same for all records with that fault.
+        """
+        super().__init__(reason)
+        self.reason = reason
+
+
+class TFRecordReader:
+    """Reads tf.Example records; TFDS writes the same."""
+
+    def __init__(self, index: Index, fields: Mapping, label_offset: int):
+        """Holds what to read.
+
+        Args:
+          index: of the shards.
+          fields: feature names by "image" and "text" or "label".
+          label_offset: the first class's label in the files.
+        """
+        self.index = index
+        self.fields = fields
+        self._label_offset = label_offset
+        self._shards = ShardReader(index.shards)
+
+    def read(self, index: int) -> tuple[bytes, bytes, int]:
+        """Returns the serialized example; text and label come out in `parse`."""
+        at = self.index
+        span = int(at.shard[index]), int(at.offset[index]), int(at.size[index])
+        return _read(self._shards, *span), b"", 0
+
+    def parse(self, payload, text, label):
+        """Returns the image bytes, joined captions and label as tensors."""
+        del text, label
+        image, text, label = parse_example(
+            payload,
+            self.fields["image"],
+            self.fields.get("text"),
+            self.fields.get("label"),
+        )
+        return image, text, label - self._label_offset
+
+    def explain(self, payload: bytes) -> str:
+        """Returns what `parse` misses in `payload`, a reason for `skipped`; or ""."""
+        features = self.features(payload)
+        if features is None:
+            return "not a tf.Example"
+        for role, field in self.fields.items():
+            kind = features[field].WhichOneof("kind") if field in features else None
+            if kind != _EXAMPLE_KINDS[role]:
+                return f'no field "{field}"'
+            num = len(getattr(features[field], kind).value)
+            if role != "text" and num != 1:
+                return f"{num} values of {role}"
+        return ""
+
+    def check_fields(self, source: str) -> None:
+        """Stops if the first records all lack a field: a setting, not damage.
+
+        Args:
+          source: the source's name, for the error.
+
+        Raises:
+          InputError: names the field and those that the records hold.
+        """
+        found = {}
+        for index in range(min(_NUM_PROBED, len(self.index))):
+            try:
+                features = self.features(self.read(index)[0]) or {}
+            except Unreadable:
+                continue
+            found.update({key: f.WhichOneof("kind") for key, f in features.items()})
+        for role, field in self.fields.items():
+            if found.get(field) != _EXAMPLE_KINDS[role]:
+                menu = ", ".join(f"{k} ({v})" for k, v in sorted(found.items()))
+                raise InputError(
+                    f'source "{source}": fields.{role} must name a '
+                    f'{_EXAMPLE_KINDS[role]} field: "{field}" is none in the first '
+                    f"{_NUM_PROBED} records, which hold {menu or 'no tf.Example'}; set "
+                    f"the source's `fields.{role}`."
+                )
+
+    def features(self, payload: bytes) -> Mapping | None:
+        """Returns the features of a tf.Example by name, None if it is none."""
+        tf = import_tensorflow()
+        try:
+            return tf.train.Example.FromString(payload).features.feature
+        except Exception:  # protobuf's DecodeError moves between its versions
+            return None
+
+
+class WebDatasetReader:
+    """Reads the image member and the caption or label member of a key."""
+
+    def __init__(self, index: Index, text_key: str, is_label: bool, label_offset: int):
+        """Holds what to read.
+
+        Args:
+          index: of the tars.
+          text_key: the key inside a JSON member; "" takes the whole member.
+          is_label: whether that is a label rather than captions.
+          label_offset: the first class's label in the files.
+        """
+        self.index = index
+        self._key = text_key
+        self._is_label = is_label
+        self._label_offset = label_offset
+        self._shards = ShardReader(index.shards)
+
+    def read(self, index: int) -> tuple[bytes, bytes, int]:
+        """Returns the image bytes, the captions joined by SEPARATOR, the label."""
+        at, shard = self.index, int(self.index.shard[index])
+        text = _read(
+            self._shards, shard, int(at.text_offset[index]), int(at.text_size[index])
+        )
+        image = _read(self._shards, shard, int(at.offset[index]), int(at.size[index]))
+        value = text
+        if self._key:
+            try:
+                value = json.loads(text)[self._key]
+            except (ValueError, KeyError, TypeError) as error:
+                raise Unreadable(f'no "{self._key}" in the JSON') from error
+        if self._is_label:
+            try:
+                # `int` would make 3 of JSON's 3.7.
+                label = (
+                    int(value)
+                    if isinstance(value, bytes | str)
+                    else operator.index(value)
+                )
+                return image, b"", label - self._label_offset
+            except (ValueError, TypeError) as error:
+                raise Unreadable("label is no integer") from error
+        if isinstance(value, bytes):
+            return image, value, 0
+        captions = value if isinstance(value, list) else [value]
+        return image, SEPARATOR.join(str(c or "").encode() for c in captions), 0
+
+    def parse(self, payload, text, label):
+        """Returns its arguments: `read` has taken them apart already."""
+        return payload, text, label
+
+    def check_fields(self, source: str) -> None:
+        """Stops if the first records all lack their text: a setting, not damage.
+
+        Args:
+          source: the source's name, for the error.
+
+        Raises:
+          InputError: says what is wrong with them.
+        """
+        reasons = set()
+        for index in range(min(_NUM_PROBED, len(self.index))):
+            try:
+                self.read(index)
+                return
+            except Unreadable as error:
+                reasons.add(error.reason)
+        raise InputError(
+            f'source "{source}": the first {_NUM_PROBED} records must hold a text or '
+            f"label: got {', '.join(sorted(reasons))}; set the source's `fields`."
+        )
+
+    def explain(self, payload: bytes) -> str:
+        """Returns "": what could be missing, `read` has missed."""
+        del payload
+        return ""
+
+
+def _read(shards: ShardReader, *span: int) -> bytes:
+    try:
+        return shards.read(*span)
+    except Exception as error:  # gfile has error types of its own
+        raise Unreadable("shard cannot be read") from error

@@ -1,0 +1,75 @@
+"""Records on the host: what is asked of a source, what it answers.
+
+A source gives records by index, so that the sampler outside stays a pure function of
+(seed, step) and a checkpoint saves the step alone. Letters in shapes: n records, H and
+W pixels.
+"""
+
+import collections
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from unicl_jax.losses import NO_LABEL
+
+__all__ = ["KINDS", "NO_LABEL", "Request", "Rows", "Source"]
+
+KINDS = ("image_label", "image_text")
+
+
+class Request(NamedTuple):
+    """Which records are wanted, and the seed of each one's randomness.
+
+    Attributes:
+      indices: [n] int64, in [0, len(source)).
+      seeds: [n] uint32, one per record: drives crops, flips and the choice of caption.
+    """
+
+    indices: np.ndarray
+    seeds: np.ndarray
+
+
+class Rows(NamedTuple):
+    """The records of one request, in its order.
+
+    Attributes:
+      images: [n, H, W, 3] uint8.
+      texts: n entries; the tuple of captions (image-text) or () (image-label).
+      labels: [n] int32, class index *within the source*, NO_LABEL for image-text.
+    """
+
+    images: np.ndarray
+    texts: list
+    labels: np.ndarray
+
+
+class Source(Protocol):
+    """Where records come from: random access by index, read as one stream.
+
+    Attributes:
+      name: the source's name in the config.
+      kind: one of KINDS.
+      class_names: names by class index; () for image-text.
+      skipped: reason -> how many unreadable records were replaced so far.
+    """
+
+    name: str
+    kind: str
+    class_names: tuple[str, ...]
+    skipped: collections.Counter
+
+    def __len__(self) -> int:
+        """Returns the number of records, readable or not."""
+        ...
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Rows]:
+        """Reads the records of each request.
+
+        Args:
+          requests: taken ahead of the rows, from another thread; may be endless.
+
+        Yields:
+          One Rows per Request, in order; n may differ between requests and be 0.
+        """
+        ...

@@ -1,0 +1,219 @@
+"""Which records make which batch: a pure function of (seed, step).
+
+Nothing of the sampler is saved in a checkpoint but the step; the order is the same on
+any number of processes, and stays the same with any version of NumPy, whose random
+streams may change.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from unicl_jax.errors import InputError, choose
+
+_ROUNDS = 6
+
+
+class SourceInfo(NamedTuple):
+    """What the sampler needs to know of a source."""
+
+    name: str
+    kind: str
+    length: int
+    weight: float = 1.0
+
+
+class Plan(NamedTuple):
+    """The rows of one global batch, in order; arrays of length B."""
+
+    source: np.ndarray  # which source, int64
+    index: np.ndarray  # which of its records, int64
+    seed: np.ndarray  # uint32: of its crop, flip, prompt or caption
+
+
+def hash_bits(*keys) -> np.ndarray:
+    """64 well-mixed bits from integers, element by element.
+
+    Args:
+      *keys: integers or arrays of them, broadcast together; their order matters.
+
+    Returns:
+      uint64, of the broadcast shape.
+
+    Source: the finaliser of SplitMix64 (Steele et al., OOPSLA 2014), once a key.
+    """
+    state = np.uint64(0x243F6A8885A308D3)
+    with np.errstate(over="ignore"):
+        for key in keys:
+            state = state + np.uint64(0x9E3779B97F4A7C15) + _uint64(key)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def _uint64(key):
+    return np.asarray(key).astype(np.int64).astype(np.uint64)
+
+
+def permute(positions: np.ndarray, length: int, *keys: int) -> np.ndarray:
+    """Where a keyed random permutation of `range(length)` sends each position.
+
+    A Feistel network on the smallest even number of bits that covers the range, walked
+    until it lands inside: no table, so a source of a billion records costs nothing.
+
+    Args:
+      positions: [n] integer in [0, length).
+      length: how many there are.
+      *keys: integers that name the permutation.
+
+    Returns:
+      [n] int64 in [0, length); distinct for distinct positions.
+
+    Source: Black and Rogaway, CT-RSA 2002 (cycle walking).
+    """
+    half = max(1, (max(length - 1, 1).bit_length() + 1) // 2)
+    bits, low = np.uint64(half), np.uint64((1 << half) - 1)
+    round_keys = [hash_bits(length, *keys, r) for r in range(_ROUNDS)]
+    values = _uint64(positions).copy()
+    todo = np.arange(len(values))
+    while len(todo):
+        left, right = values[todo] >> bits, values[todo] & low
+        for key in round_keys:
+            left, right = right, left ^ (hash_bits(key, right) & low)
+        values[todo] = (left << bits) | right
+        todo = todo[values[todo] >= length]
+    return values.astype(np.int64)
+
+
+class Sampler:
+    """The order of records: epochs of each source, mixed by exact counts.
+
+    Every source is walked in its own random order, each record once an epoch. The
+    number of rows a source has in a batch is its share of the batch, rounded so that
+    after every step its total is within one row of the exact share: there is no
+    sampling noise in the mixture.
+
+    Attributes:
+      sources: as given.
+      batch_size: B.
+      shares: fraction of the batch, by source; they sum to 1.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceInfo],
+        batch_size: int,
+        mixture: str,
+        seed: int,
+    ):
+        """Sets the shares.
+
+        Args:
+          sources: at least one.
+          batch_size: global, > 0.
+          mixture: a key of MIXTURES.
+          seed: of the whole order.
+
+        Raises:
+          InputError: if the mixture does not fit the sources, or a source would get
+            less than one row a batch.
+        """
+        self.sources, self.batch_size, self._seed = tuple(sources), batch_size, seed
+        shares = choose(MIXTURES, mixture, "data.mixture")(self.sources)
+        self.shares = tuple(Fraction(s) / sum(shares) for s in shares)
+        for source, share in zip(self.sources, self.shares, strict=True):
+            if share * batch_size < 1:
+                raise InputError(
+                    "every source must get at least one row a batch: "
+                    f'"{source.name}" has a share of {float(share):.2g} of batch_size '
+                    f"{batch_size}; raise its weight or the batch size."
+                )
+
+    def drawn(self, step: int) -> list[int]:
+        """How many rows of each source the batches before `step` hold."""
+        edges = [0]
+        for k in range(len(self.shares)):
+            edge = step * self.batch_size * sum(self.shares[: k + 1])
+            edges.append(
+                (2 * edge.numerator + edge.denominator) // (2 * edge.denominator)
+            )
+        return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Epochs of each source seen before `step`."""
+        return {
+            source.name: n / source.length
+            for source, n in zip(self.sources, self.drawn(step), strict=True)
+        }
+
+    def most_rows(self) -> list[int]:
+        """The most rows a batch can hold of each source."""
+        return [int(-(-share * self.batch_size // 1)) + 1 for share in self.shares]
+
+    def plan(self, step: int) -> Plan:
+        """Says which records make the batch of a step.
+
+        Args:
+          step: >= 0.
+
+        Returns:
+          The rows, the sources shuffled among each other.
+        """
+        sources, indices = [], []
+        before, after = self.drawn(step), self.drawn(step + 1)
+        for s, (source, start, stop) in enumerate(
+            zip(self.sources, before, after, strict=True)
+        ):
+            position = np.arange(start, stop)
+            index = np.empty(len(position), np.int64)
+            epoch = position // source.length
+            for e in np.unique(epoch):
+                at = epoch == e
+                name_key = int.from_bytes(source.name.encode()[:8].ljust(8), "big") >> 1
+                index[at] = permute(
+                    position[at] % source.length, source.length, self._seed, name_key, e
+                )
+            indices.append(index)
+            sources.append(np.full(len(position), s))
+        order = permute(np.arange(self.batch_size), self.batch_size, self._seed, step)
+        seeds = hash_bits(self._seed, 1, step, np.arange(self.batch_size))
+        return Plan(
+            np.concatenate(sources)[order],
+            np.concatenate(indices)[order],
+            (seeds >> np.uint64(32)).astype(np.uint32),
+        )
+
+
+def _proportional(sources):
+    return [source.length * Fraction(str(source.weight)) for source in sources]
+
+
+def _weights(sources):
+    return [Fraction(str(source.weight)) for source in sources]
+
+
+def _balanced(sources):
+    """Half image-label, half image-text; within a kind by size times weight."""
+    sizes = _proportional(sources)
+    totals = {}
+    for source, size in zip(sources, sizes, strict=True):
+        totals[source.kind] = totals.get(source.kind, 0) + size
+    if len(totals) < 2:
+        raise InputError(
+            'data.mixture "balanced" needs image-label and image-text sources: all are '
+            f'{next(iter(totals))}; use "proportional".'
+        )
+    return [
+        size / totals[source.kind] / 2
+        for source, size in zip(sources, sizes, strict=True)
+    ]
+
+
+MIXTURES = {
+    "balanced": _balanced,  # the paper's section 4.2.1
+    "proportional": _proportional,  # all records alike: its section 4.2.2
+    "weights": _weights,  # each source's `weight` is its share, whatever its size
+}
