@@ -1,0 +1,265 @@
+"""What a recipe can say, and every check of it before a device or a file is touched."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from unicl_jax.errors import InputError
+
+# Fields that may change between restarts of a run: none of them touches what is learnt.
+FREE = (
+    "log_every_steps",
+    "evaluate_every_steps",
+    "checkpoint_every_steps",
+    "checkpoints_kept",
+    "evaluations",
+)
+KINDS = ("image_label", "image_text")
+
+
+def default() -> ConfigDict:
+    """Every field there is, with its meaning; a recipe sets those that matter to it.
+
+    Returns:
+      The config, unlocked. `model.image`, `model.text`, `data.sources` and
+      `evaluations` are empty: a recipe fills them.
+    """
+    c = ConfigDict()
+    c.seed = 0  # of parameters, order, prompts, crops and drop path
+    c.objective = "unicl"  # or "clip": every row its own class
+    c.batch_size = 4096  # global; divisible by the number of devices
+    c.total_steps = placeholder(int)
+
+    c.model = ConfigDict()
+    c.model.image = ConfigDict()  # `name` in encoders.IMAGE_TOWERS, and its options
+    c.model.text = ConfigDict()  # `name` in encoders.TEXT_TOWERS, and its options
+    c.model.embed_dim = 512  # width of the joint space
+    c.model.logit_scale_init = 1.0  # theta; the multiplier is exp(theta)
+    c.model.logit_scale_max = placeholder(float)  # cap of theta; None: no cap
+    c.model.dtype = "float32"  # or "bfloat16": of the towers' arithmetic
+
+    c.data = ConfigDict()
+    c.data.sources = ConfigDict()  # by name; see docs/design.md
+    c.data.mixture = "balanced"  # or "proportional", "weights": sampler.MIXTURES
+    c.data.templates = "unicl_81"  # prompts for class names in training
+    # One prompt a class and step, and each distinct text of a batch encoded once;
+    # otherwise one prompt a record, as in the paper.
+    c.data.share_prompts = False
+    # > 0: write this many made-up records a source, in its own format, and use those.
+    c.data.made_up_records = 0
+
+    c.augment = ConfigDict()  # on the device; crops belong to a source's `preprocess`
+    c.augment.shift = 0  # pixels
+    c.augment.color = 0.0  # +- fraction of brightness, contrast and channel gains
+    c.augment.flip = False  # left-right
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # or "sgd" (Nesterov)
+    c.optimizer.learning_rate = 1e-3  # peak
+    c.optimizer.final_learning_rate = 0.0
+    c.optimizer.warmup_steps = 0
+    c.optimizer.weight_decay = 0.1
+    c.optimizer.clip_norm = 0.0  # of the global gradient; 0: no clipping
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.momentum = 0.9  # of sgd
+
+    c.evaluations = ConfigDict()  # zero-shot tasks by name: a source and `templates`
+    c.evaluate_every_steps = 1000
+    c.checkpoint_every_steps = 1000
+    c.checkpoints_kept = 2
+    c.log_every_steps = 50
+    return c
+
+
+def validate(config: ConfigDict, num_devices: int, num_processes: int = 1) -> None:
+    """Checks what can be checked without a device, a file or a download.
+
+    Args:
+      config: the resolved config.
+      num_devices: over all processes.
+      num_processes: of the run.
+
+    Raises:
+      InputError: naming the field, what it must hold, what it holds.
+    """
+    _check_fields(config)
+    for field in (
+        "batch_size",
+        "total_steps",
+        "evaluate_every_steps",
+        "checkpoint_every_steps",
+        "checkpoints_kept",
+        "log_every_steps",
+    ):
+        if not isinstance(config[field], int) or config[field] < 1:
+            raise InputError(
+                f"{field} must be a whole number of at least 1: got {config[field]}."
+            )
+    batch, unit = config.batch_size, num_devices
+    if batch % unit:
+        below, above = batch // unit * unit, (batch // unit + 1) * unit
+        nearest = " and ".join(str(n) for n in (below, above) if n)
+        raise InputError(
+            "batch_size must be divisible by the number of devices: got "
+            f"{batch} for {num_devices} devices; nearest are {nearest}."
+        )
+    if batch < 2:
+        raise InputError(
+            f"batch_size must be at least 2, for something to contrast: got {batch}."
+        )
+    optimizer = config.optimizer
+    for field in ("learning_rate", "eps"):
+        if not optimizer[field] > 0:
+            raise InputError(
+                f"optimizer.{field} must be above 0: got {optimizer[field]}."
+            )
+    for field in ("final_learning_rate", "weight_decay", "clip_norm", "warmup_steps"):
+        if not optimizer[field] >= 0:
+            raise InputError(
+                f"optimizer.{field} must be at least 0: got {optimizer[field]}."
+            )
+    for field in ("b1", "b2", "momentum"):
+        if not 0 <= optimizer[field] < 1:
+            raise InputError(
+                f"optimizer.{field} must be in [0, 1): got {optimizer[field]}."
+            )
+    if optimizer.warmup_steps >= config.total_steps:
+        raise InputError(
+            "optimizer.warmup_steps must be below total_steps: got "
+            f"{optimizer.warmup_steps} and {config.total_steps}; lower the first."
+        )
+    image_size = config.model.image.get("image_size", 224)
+    if not 0 <= config.augment.shift < image_size:
+        raise InputError(
+            f"augment.shift must be in [0, {image_size}) pixels: got "
+            f"{config.augment.shift}."
+        )
+    if not 0 <= config.augment.color < 1:
+        raise InputError(
+            f"augment.color must be in [0, 1): got {config.augment.color}."
+        )
+    if config.data.share_prompts and num_processes > 1:
+        raise InputError(
+            "data.share_prompts needs a single process: got "
+            f"{num_processes} processes; pass --config.data.share_prompts=False."
+        )
+
+
+def _check_fields(config):
+    """The fields are those of `default`, and the sections that recipes fill hold."""
+    known = default()
+    for path, section in (("", config), *((f"{s}.", config[s]) for s in SECTIONS)):
+        names = known if not path else known[path[:-1]]
+        for name in section:
+            if name not in names:
+                close = difflib.get_close_matches(name, list(names), n=1)
+                hint = f'did you mean "{path}{close[0]}"? ' if close else ""
+                raise InputError(
+                    f'there is no config field "{path}{name}"; {hint}'
+                    f"{path or 'The config '}has {', '.join(sorted(names))}."
+                )
+    for tower in ("image", "text"):
+        if "name" not in config.model[tower]:
+            raise InputError(f"model.{tower}.name must say which tower: it is not set.")
+    if not config.data.sources:
+        raise InputError("data.sources must name at least one source: it is empty.")
+    for what in ("data.sources", "evaluations"):
+        group = config.evaluations if what == "evaluations" else config.data.sources
+        for name, source in group.items():
+            needed = ["format", "path"]
+            needed += ["kind"] if what == "data.sources" else ["templates"]
+            missing = [key for key in needed if key not in source]
+            if missing:
+                raise InputError(f"{what}.{name} must say {', '.join(missing)}.")
+            if source.get("kind", KINDS[0]) not in KINDS:
+                raise InputError(
+                    f'{what}.{name}.kind must be one of {KINDS}: got "{source.kind}".'
+                )
+
+
+SECTIONS = ("model", "data", "augment", "optimizer")
+
+
+def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config as {"optimizer.learning_rate": 0.001, ...}, tuples as lists."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
+    return flat
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved config as it is saved with a run."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Path:
+    """Makes the run's directory, or makes sure that it is this run's.
+
+    Args:
+      workdir: the directory; made if it is not there.
+      config: the resolved config; saved as `config.json`.
+      write: whether this process writes (one of them does).
+
+    Returns:
+      The absolute path.
+
+    Raises:
+      InputError: if it cannot be written, holds something else, or holds a run with
+        another config (the message says which fields differ).
+    """
+    workdir = Path(workdir).absolute()
+    saved = workdir / "config.json"
+    if saved.is_file():
+        _check_same_run(workdir, saved, config)
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        entries = ", ".join(sorted(p.name for p in workdir.iterdir())[:3])
+        raise InputError(
+            f'--workdir must be new, empty, or a run of this config: "{workdir}" holds '
+            f"{entries} and no config.json; name another directory."
+        )
+    if not write:
+        return workdir
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary = workdir / "config.json.new"
+        temporary.write_text(to_json(config))
+        temporary.replace(saved)  # at once: a kill leaves the old one or the new one
+    except OSError as error:
+        raise InputError(
+            f'--workdir must be a directory that can be written: "{workdir}" gave '
+            f"{error.strerror}; name another directory."
+        ) from error
+    return workdir
+
+
+def _check_same_run(workdir, saved, config):
+    try:
+        old = flatten(json.loads(saved.read_text()))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f'"{saved}" must hold a run\'s config: it cannot be read ({error}); name '
+            "another directory."
+        ) from error
+    new = flatten(config)
+    differ = [
+        f"  {key}: the run has {old.get(key, 'no such field')}, now "
+        f"{new.get(key, 'no such field')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, saved) != new.get(key, saved) and key.split(".")[0] not in FREE
+    ]
+    if differ:
+        raise InputError(
+            f'--workdir "{workdir}" holds a run with another config:\n'
+            + "\n".join(differ)
+            + "\nGo on with that run's values, or name another directory."
+        )

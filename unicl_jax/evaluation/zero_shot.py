@@ -1,0 +1,182 @@
+"""Zero-shot classification: an image gets the class whose texts it is nearest to."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from unicl_jax import sharding
+from unicl_jax.augment import normalize
+from unicl_jax.data.prompts import fill
+from unicl_jax.data.records import Request, Source
+from unicl_jax.encoders import TwoTower
+
+TOP = 5
+BATCH = 512  # rows at a time, over all devices
+
+
+class Scores(NamedTuple):
+    """How a model did on a task."""
+
+    top1: float  # fraction of the records
+    top5: float
+    predictions: np.ndarray  # [records, min(5, classes)] int32, best first
+    labels: np.ndarray  # [records] int32
+
+
+class Encoders(NamedTuple):
+    """A model's two sides, compiled once for all tasks.
+
+    Each maps (params, state, rows divided over the devices) to unit embeddings [n, D],
+    a copy on every device.
+    """
+
+    image: Callable
+    text: Callable
+    mesh: Mesh
+
+
+def make_encoders(model: TwoTower, mesh: Mesh) -> Encoders:
+    """Compiles a model for evaluation.
+
+    Args:
+      model: the two towers.
+      mesh: the devices.
+
+    Returns:
+      The encoders: of uint8 images [n, H, W, 3], and of tokens [n, L].
+    """
+
+    def image(params, state, images):
+        return model.encode_image(params, state, normalize(images))[0]
+
+    def text(params, state, tokens):
+        return model.encode_text(params, state, tokens)[0]
+
+    whole, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
+    layout = dict(in_shardings=(whole, whole, rows), out_shardings=whole)
+    return Encoders(jax.jit(image, **layout), jax.jit(text, **layout), mesh)
+
+
+class ZeroShotTask:
+    """A labelled set with class names and prompts; a call scores a model on it.
+
+    Attributes:
+      name: of the task; its metrics are `eval/<name>_top1` and `eval/<name>_top5`.
+      source: the labelled set.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        templates: Sequence[str],
+        tokenize: Callable[[Sequence[str]], np.ndarray],
+        encoders: Encoders,
+    ):
+        """Tokenises the prompts; nothing of the set is read yet.
+
+        Args:
+          name: of the task.
+          source: an image-label source, read in order.
+          templates: prompts whose embeddings are averaged.
+          tokenize: texts -> [n, L] int32.
+          encoders: of the model that will be scored.
+        """
+        self.name, self.source, self._encoders = name, source, encoders
+        self._num_templates = len(templates)
+        names = source.class_names
+        self._tokens = tokenize([fill(t, name) for name in names for t in templates])
+        self._rank = jax.jit(_rank)
+
+    @property
+    def ways(self) -> int:
+        """The number of classes."""
+        return len(self.source.class_names)
+
+    def __call__(self, params, state) -> Scores:
+        """Scores a model.
+
+        Args:
+          params: of the two towers.
+          state: of the two towers.
+
+        Returns:
+          The scores, the same on every process.
+        """
+        classes = self.class_embeddings(params, state)
+        predictions, labels = [], []
+        batch, count = self._batch_size(len(self.source)), len(self.source)
+        local = batch // jax.process_count()
+        first = jax.process_index() * local
+        starts = range(0, count, batch)
+        requests = (
+            Request(
+                # Rows past the end are read as the last record, and dropped below.
+                np.minimum(np.arange(start + first, start + first + local), count - 1),
+                np.zeros(local, np.uint32),
+            )
+            for start in starts
+        )
+        for rows in self.source.stream(requests):
+            put = sharding.global_batch(
+                self._encoders.mesh, dict(image=rows.images, label=rows.labels)
+            )
+            embeddings = self._encoders.image(params, state, put["image"])
+            ranked, given = self._rank(embeddings, classes, put["label"])
+            predictions.append(np.asarray(ranked))
+            labels.append(np.asarray(given))
+        predictions = np.concatenate(predictions)[:count]
+        labels = np.concatenate(labels)[:count]
+        hits = predictions == labels[:, None]
+        return Scores(
+            float(hits[:, 0].mean()), float(hits.any(1).mean()), predictions, labels
+        )
+
+    def class_embeddings(self, params, state) -> np.ndarray:
+        """The classifier: of each class the mean of its prompts' embeddings, unit.
+
+        c_k = unit(mean_t unit(f_text(prompt_t(name_k))))
+
+        Args:
+          params: of the two towers.
+          state: of the two towers.
+
+        Returns:
+          [classes, D] float32.
+
+        Source: UniCL's release, zero-shot evaluation; CLIP, section 3.1.4.
+        """
+        count, batch = len(self._tokens), self._batch_size(len(self._tokens))
+        padding = np.repeat(self._tokens[-1:], -count % batch, 0)
+        tokens = np.concatenate([self._tokens, padding])
+        local = batch // jax.process_count()
+        first = jax.process_index() * local
+        embeddings = []
+        for start in range(0, count, batch):
+            mine = tokens[start + first : start + first + local]
+            put = sharding.global_batch(self._encoders.mesh, dict(tokens=mine))
+            encoded = self._encoders.text(params, state, put["tokens"])
+            embeddings.append(np.asarray(encoded))
+        by_class = np.concatenate(embeddings)[:count].reshape(
+            self.ways, self._num_templates, -1
+        )
+        mean = by_class.mean(1)
+        norm = np.linalg.norm(mean, axis=-1, keepdims=True)
+        return mean / np.maximum(norm, 1e-12)
+
+    def _batch_size(self, rows):
+        """At most BATCH, no more than the rows need, a multiple of the devices."""
+        devices = self._encoders.mesh.size
+        return -(-min(BATCH, rows) // devices) * devices
+
+
+def _rank(embeddings, classes, labels):
+    """The best classes of each image, and the labels brought to every device."""
+    similarity = jnp.matmul(embeddings, classes.T, precision=lax.Precision.HIGHEST)
+    k = min(TOP, classes.shape[0])
+    return lax.top_k(similarity, k)[1].astype(jnp.int32), labels

@@ -1,0 +1,84 @@
+"""The trainer: `python -m unicl_jax.main --config=configs/x.py --workdir=runs/x`.
+
+Running the same command again goes on where it was. A variant of a recipe follows a
+colon (`configs/swin_tiny.py:debug`); `--config.batch_size=512` overrides a field.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import config_flags
+
+from unicl_jax import sharding, train
+from unicl_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Of the run: made, or gone on with.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, where no cluster tells it."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With the above.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With the above.")
+
+BAD_INPUT, NON_FINITE, STOPPED_BY_SIGNAL = 2, 3, 128
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the trainer.
+
+    Args:
+      argv: as `sys.argv`.
+
+    Returns:
+      The exit code: 0; 2 for wrong input, 3 for a non-finite loss, 128 + the signal's
+      number when stopped by one.
+    """
+    try:
+        _parse(argv)
+        sharding.start_processes(
+            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+        )
+        train.run(_CONFIG.value, _WORKDIR.value)
+    except InputError as error:
+        return _say(f"error: {error}", BAD_INPUT)
+    except train.NonFiniteLoss as error:
+        return _say(f"error: {error}", NON_FINITE)
+    except train.Stopped as stopped:
+        code = STOPPED_BY_SIGNAL + stopped.signal
+        return _say(f"{stopped} The same command goes on from there.", code)
+    return 0
+
+
+def _say(message, code):
+    print(message, file=sys.stderr)
+    return code
+
+
+def _parse(argv):
+    """Parses the flags; a wrong one is the user's to mend, not a traceback."""
+    try:
+        rest = flags.FLAGS(argv)
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        TypeError,
+        FileNotFoundError,
+    ) as error:
+        message = error.args[0] if error.args else error
+        raise InputError(f"wrong flag: {message}") from error
+    if rest[1:]:
+        raise InputError(f"flags must start with --: got {' '.join(rest[1:])}.")
+    for name in ("config", "workdir"):
+        if flags.FLAGS[name].value is None:
+            raise InputError(
+                f"--{name} must be given, as in: python -m unicl_jax.main "
+                "--config=configs/quickstart.py --workdir=runs/quickstart"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

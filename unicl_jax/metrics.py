@@ -1,0 +1,191 @@
+"""What a run reports: the console, `metrics.jsonl`, TensorBoard event files."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from tensorboardX import SummaryWriter
+
+
+class Metrics:
+    """Writes scalars; on all processes but the first it does nothing.
+
+    `metrics.jsonl` has one object a line with `step` and the scalars of that step:
+    training ones by their bare names, evaluations as `eval/<task>_top1`. After a resume
+    the lines of steps that are run again are dropped first, so that the file reads as
+    if nothing had happened.
+    """
+
+    def __init__(self, workdir: Path, first_step: int, active: bool):
+        """Opens the files.
+
+        Args:
+          workdir: of the run.
+          first_step: steps from this one on will be written again.
+          active: whether this process writes.
+        """
+        self._active = active
+        if not active:
+            return
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            lines = [
+                x for x in path.read_text().splitlines(True) if _kept(x, first_step)
+            ]
+            temporary = path.with_suffix(".new")
+            temporary.write_text("".join(lines))
+            temporary.replace(path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends one step's scalars to both files.
+
+        Args:
+          step: how many updates were made.
+          scalars: finite or not; JSON gets null for what it cannot say.
+        """
+        if not self._active:
+            return
+        values = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for key, value in scalars.items():
+            self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Closes both files."""
+        if self._active:
+            self._file.close()
+            self._board.close()
+
+
+def _kept(line, first_step):
+    try:
+        return json.loads(line)["step"] < first_step
+    except (ValueError, KeyError, TypeError):
+        return False  # a line that a kill cut off
+
+
+def read(workdir: Path) -> list[dict[str, float]]:
+    """The lines of a run's `metrics.jsonl`, in order; cut-off ones are left out."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class StepTimer:
+    """Where the time between two log lines went; evaluation and saving are left out."""
+
+    def __init__(self):
+        """Starts the clock."""
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was counted: after compiling, evaluating or saving."""
+        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    def next_batch(self, batches: Iterator):
+        """Takes a batch, counting the wait for it."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - start
+        self._steps += 1
+        return batch
+
+    def lap(self, batch_size: int) -> dict[str, float]:
+        """What was counted since the last lap, or {} if no step was.
+
+        Args:
+          batch_size: global.
+
+        Returns:
+          `step_seconds`, `data_wait` (fraction of it) and `images_per_second`.
+        """
+        if not self._steps:
+            return {}
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        scalars = {
+            "step_seconds": seconds / self._steps,
+            "data_wait": self._waited / seconds,
+            "images_per_second": self._steps * batch_size / seconds,
+        }
+        self.restart()
+        return scalars
+
+
+class ConsoleProgress:
+    """One live line on a terminal; elsewhere a plain line now and then.
+
+    Off a terminal (a log file, a cluster's console) it prints about 20 lines a run.
+    """
+
+    def __init__(self, total_steps: int, first_step: int, active: bool = True):
+        """Starts the line.
+
+        Args:
+          total_steps: of the run.
+          first_step: where this start goes on.
+          active: whether this process prints.
+        """
+        self.console = Console(quiet=not active, highlight=False, soft_wrap=True)
+        self._total, self._printed = total_steps, first_step
+        self._every = max(1, total_steps // 20)
+        self._live = None
+        if self.console.is_terminal and active:
+            self._live = Progress(
+                TextColumn("{task.completed}/{task.total}"),
+                BarColumn(bar_width=10),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._live.add_task("", total=total_steps, text="compiling")
+            self._live.update(self._task, completed=first_step)
+            self._live.start()
+
+    def update(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Shows where the run is.
+
+        Args:
+          step: updates made.
+          scalars: `loss`, `excess`, `images_per_second` and `step_seconds`.
+        """
+        left = clock((self._total - step) * scalars["step_seconds"])
+        text = (
+            f"loss {scalars['loss']:.3f}  excess {scalars['excess']:.3f}  "
+            f"{scalars['images_per_second']:,.0f} images/s  ETA {left}"
+        )
+        if self._live:
+            self._live.update(self._task, completed=step, text=text)
+        elif step - self._printed >= self._every:
+            self._printed = step
+            self.console.print(f"step {step}/{self._total}  {text}")
+
+    def say(self, *things) -> None:
+        """Prints above the line."""
+        self.console.print(*things)
+
+    def close(self) -> None:
+        """Takes the live line away."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:07, 12:34 or 1:02:03."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{minutes}:{seconds:02d}"

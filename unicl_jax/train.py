@@ -1,0 +1,249 @@
+"""The run, read from top to bottom. It owns no maths: see `step` and `losses`."""
+
+import math
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from unicl_jax import config as config_lib
+from unicl_jax import data, encoders, evaluation, losses, sharding
+from unicl_jax.analysis import end_of_run
+from unicl_jax.augment import make_augment
+from unicl_jax.checkpoint import Checkpoints
+from unicl_jax.metrics import ConsoleProgress, Metrics, StepTimer
+from unicl_jax.optimizer import make_optimizer
+from unicl_jax.step import init_state, make_train_step
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient was NaN or infinite; the last good state was saved."""
+
+
+class Stopped(RuntimeError):
+    """Ctrl-C or SIGTERM came; the state was saved. `signal` is its number."""
+
+    def __init__(self, message: str, signal_number: int):
+        """Keeps the signal for the exit code."""
+        super().__init__(message)
+        self.signal = signal_number
+
+
+def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    """Trains until `total_steps`, going on where `workdir` stopped.
+
+    Args:
+      config: the resolved config of a recipe.
+      workdir: of this run: config, checkpoints, metrics and pictures.
+
+    Returns:
+      The last evaluation, by metric key.
+
+    Raises:
+      InputError: what must be mended before training can start.
+      NonFiniteLoss: naming the step; the last good state is saved.
+      Stopped: after saving.
+    """
+    # 1. All that can be wrong with the config, before anything costs time.
+    is_first = jax.process_index() == 0
+    config_lib.validate(config, jax.device_count(), jax.process_count())
+    model = encoders.from_config(config.model)
+    optimizer, schedule = make_optimizer(config.optimizer, config.total_steps)
+    workdir = config_lib.prepare_workdir(workdir, config, write=is_first)
+
+    # 2. Data: this process's rows of every batch, and the sets to be scored on.
+    config = data.with_made_up_records(config, workdir)
+    mesh = sharding.make_mesh()
+    image_size = config.model.image.image_size
+    text = config.model.text
+    tokenize = data.Tokenizer(text.context_length, text.vocab_size)
+    batches = data.make_train_iterator(
+        config.data,
+        image_size,
+        config.batch_size,
+        config.seed,
+        tokenize,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        local_devices=jax.local_device_count(),
+    )
+    compiled_encoders = evaluation.make_encoders(model, mesh)
+    tasks = [
+        evaluation.ZeroShotTask(
+            name,
+            data.make_source(name, task, image_size, train=False),
+            data.load_templates(task.templates),
+            tokenize,
+            compiled_encoders,
+        )
+        for name, task in config.evaluations.items()
+    ]
+
+    # 3. State: made on the devices it lives on, or read from the newest checkpoint.
+    whole, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
+    make_state = jax.jit(
+        lambda: init_state(model, optimizer, config.seed), out_shardings=whole
+    )
+    state = make_state()
+    checkpoints = Checkpoints(workdir, config.checkpoints_kept)
+    if checkpoints.latest_step() is not None:
+        state, data_state = checkpoints.restore(state)
+        batches.restore(data_state)
+    first_step = int(state.step)
+
+    # 4. The step: one compiled function that takes the state and gives it back changed.
+    train_step = jax.jit(
+        make_train_step(
+            model,
+            losses.sharded(losses.unicl_loss_and_aux, mesh),
+            optimizer,
+            schedule,
+            make_augment(config.augment),
+            objective=config.objective,
+            seed=config.seed,
+        ),
+        in_shardings=(whole, rows, None),
+        out_shardings=(whole, whole),
+        donate_argnums=0,
+    )
+
+    # 5. The loop. Step n is dispatched, then step n - 1 is written: the host's work
+    #    hides behind the device's.
+    metrics = Metrics(workdir, first_step, active=is_first)
+    progress = ConsoleProgress(config.total_steps, first_step, active=is_first)
+    timer, stop = StepTimer(), _StopRequest()
+    scores: dict[str, evaluation.Scores] = {}
+    pending = None  # the step before: its number, its scalars still on the device
+
+    def write_pending():
+        """Looks at the step before; writes it if its turn has come."""
+        if pending is None:
+            return
+        step, scalars = pending[0], jax.device_get(pending[1])
+        if not (math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])):
+            save()
+            raise NonFiniteLoss(
+                f"loss and gradients must be finite: step {step} gave loss "
+                f"{scalars['loss']} and gradient norm {scalars['grad_norm']}. The "
+                "state before that step is saved; lower optimizer.learning_rate, set "
+                "optimizer.clip_norm, or look at the data of that step."
+            )
+        if step % config.log_every_steps == 0 or step == config.total_steps:
+            scalars = {k: float(v) for k, v in scalars.items()}
+            scalars |= timer.lap(config.batch_size)
+            scalars |= {f"skipped/{k}": v for k, v in batches.skipped().items()}
+            epochs = batches.sampler.epochs(step)
+            scalars |= {f"epochs/{k}": v for k, v in epochs.items()}
+            metrics.write(step, scalars)
+            if "step_seconds" in scalars:
+                progress.update(step, scalars)
+
+    def save():
+        checkpoints.save(state, {"step": int(state.step)})
+
+    def evaluate(step):
+        for task in tasks:
+            scores[task.name] = task(state.params, state.model_state)
+        keyed = _by_metric_key(scores)
+        if keyed:
+            metrics.write(step, keyed)
+            tops = ", ".join(
+                f"{name} {100 * s.top1:.1f}/{100 * s.top5:.1f}"
+                for name, s in scores.items()
+            )
+            progress.say(f"step {step}  top-1/5 %: {tops}")
+
+    try:
+        if first_step:
+            progress.say(f"going on from step {first_step} of {config.total_steps}")
+        for source, name in batches.concepts.merged:
+            progress.say(f'{source}: class "{name}" joins the concept of that name')
+        for step in range(first_step + 1, config.total_steps + 1):
+            batch = sharding.global_batch(mesh, timer.next_batch(batches))
+            start = time.perf_counter()
+            state, scalars = train_step(state, batch, np.int32(step - 1))
+            if step == first_step + 1:
+                jax.block_until_ready(scalars)
+                progress.say(f"compiled in {time.perf_counter() - start:.1f} s")
+                timer.restart()
+            write_pending()
+            pending = (step, scalars)
+            stopping = stop.requested(step)
+            saving = step % config.checkpoint_every_steps == 0
+            evaluating = step % config.evaluate_every_steps == 0 or stopping
+            if saving or evaluating or step == config.total_steps:
+                write_pending()
+                pending = None
+                if saving or stopping or step == config.total_steps:
+                    save()
+                if evaluating and not stopping and step < config.total_steps:
+                    evaluate(step)
+                timer.restart()
+            if stopping:
+                raise Stopped(f"stopped at step {step}, saved.", stopping)
+        # 6. The end: the last evaluation, a table and two pictures.
+        evaluate(config.total_steps)
+        progress.close()
+        if is_first:
+            table = end_of_run(workdir, tasks, scores, config.evaluations)
+            progress.say(table)
+            progress.say(f"curves.png, predictions.png and metrics.jsonl: {workdir}")
+    except (NonFiniteLoss, Stopped):
+        raise
+    except Exception:
+        # The data failed, say: what was learnt so far is kept. With several processes
+        # the others don't know, and a save that waits for them would hang.
+        if jax.process_count() == 1 and not state.step.is_deleted():
+            save()
+        raise
+    finally:
+        progress.close()
+        stop.restore()
+        batches.close()
+        metrics.close()
+        checkpoints.close()
+    return _by_metric_key(scores)
+
+
+def _by_metric_key(scores) -> dict[str, float]:
+    keyed = {}
+    for name, score in scores.items():
+        keyed[f"eval/{name}_top1"], keyed[f"eval/{name}_top5"] = score.top1, score.top5
+    return keyed
+
+
+class _StopRequest:
+    """Whether Ctrl-C, SIGTERM or a cluster's notice asks the run to save and stop."""
+
+    def __init__(self):
+        """Takes the signals over; a second one has its usual effect."""
+        self._signal = 0
+        self._old = {}
+        # With several processes jax's own notifier holds SIGTERM, so that all of them
+        # learn of it and stop at the same step.
+        if jax.process_count() == 1:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        del frame
+        self._signal = number
+        self.restore()
+
+    def requested(self, step: int) -> int:
+        """The signal that asks for it, or 0; the same on all processes."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(
+            step
+        ):
+            return signal.SIGTERM
+        return self._signal
+
+    def restore(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old = {}
