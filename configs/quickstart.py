@@ -9,6 +9,7 @@ LABEL, TEXT = "image_label", "image_text"
 
 
 def get_config(variant: str = ""):
+    config_lib.check_variant(variant, ("captions", "labels", "long"))
     config = config_lib.default()
     config.batch_size = 256
     config.total_steps = 1600

@@ -1,14 +1,14 @@
 """What a recipe can say, and every check of it before a device or a file is touched."""
 
-import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from unicl_jax.errors import InputError
+from unicl_jax.errors import InputError, did_you_mean
 
 # Fields that may change between restarts of a run: none of them touches what is learnt.
 FREE = (
@@ -18,7 +18,6 @@ FREE = (
     "checkpoints_kept",
     "evaluations",
 )
-KINDS = ("image_label", "image_text")
 
 
 def default() -> ConfigDict:
@@ -77,6 +76,22 @@ def default() -> ConfigDict:
     return c
 
 
+def check_variant(variant: str, variants: Iterable[str]) -> None:
+    """Refuses a recipe's variant (what follows the colon) that does not exist.
+
+    Args:
+      variant: as given; "" for the plain recipe.
+      variants: the others there are.
+
+    Raises:
+      InputError: listing them.
+    """
+    if variant and variant not in variants:
+        raise InputError(
+            f'the recipe has no variant "{variant}"; {did_you_mean(variant, variants)}'
+        )
+
+
 def validate(config: ConfigDict, num_devices: int, num_processes: int = 1) -> None:
     """Checks what can be checked without a device, a file or a download.
 
@@ -97,7 +112,7 @@ def validate(config: ConfigDict, num_devices: int, num_processes: int = 1) -> No
         "checkpoints_kept",
         "log_every_steps",
     ):
-        if not isinstance(config[field], int) or config[field] < 1:
+        if type(config[field]) is not int or config[field] < 1:  # nor a bool
             raise InputError(
                 f"{field} must be a whole number of at least 1: got {config[field]}."
             )
@@ -158,11 +173,9 @@ def _check_fields(config):
         names = known if not path else known[path[:-1]]
         for name in section:
             if name not in names:
-                close = difflib.get_close_matches(name, list(names), n=1)
-                hint = f'did you mean "{path}{close[0]}"? ' if close else ""
                 raise InputError(
-                    f'there is no config field "{path}{name}"; {hint}'
-                    f"{path or 'The config '}has {', '.join(sorted(names))}."
+                    f'there is no config field "{path}{name}"; '
+                    f"{did_you_mean(name, names)}"
                 )
     for tower in ("image", "text"):
         if "name" not in config.model[tower]:
@@ -177,10 +190,6 @@ def _check_fields(config):
             missing = [key for key in needed if key not in source]
             if missing:
                 raise InputError(f"{what}.{name} must say {', '.join(missing)}.")
-            if source.get("kind", KINDS[0]) not in KINDS:
-                raise InputError(
-                    f'{what}.{name}.kind must be one of {KINDS}: got "{source.kind}".'
-                )
 
 
 SECTIONS = ("model", "data", "augment", "optimizer")
@@ -190,8 +199,8 @@ def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, 
     """A config as {"optimizer.learning_rate": 0.001, ...}, tuples as lists."""
     flat = {}
     for key, value in config.items():
-        if isinstance(value, ConfigDict | dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+        if isinstance(value, ConfigDict | dict):
+            flat |= flatten(value, f"{prefix}{key}.") or {f"{prefix}{key}": {}}
         else:
             flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
     return flat
@@ -219,10 +228,13 @@ def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Pat
     """
     workdir = Path(workdir).absolute()
     saved = workdir / "config.json"
+    temporary = workdir / "config.json.new"
     if saved.is_file():
-        _check_same_run(workdir, saved, config)
-    elif workdir.is_dir() and any(workdir.iterdir()):
-        entries = ", ".join(sorted(p.name for p in workdir.iterdir())[:3])
+        # A start that failed before it learnt anything binds nobody to its config.
+        if any((workdir / "checkpoints").glob("[0-9]*")):
+            _check_same_run(workdir, saved, config)
+    elif workdir.is_dir() and (others := {*workdir.iterdir()} - {temporary}):
+        entries = ", ".join(sorted(p.name for p in others)[:3])
         raise InputError(
             f'--workdir must be new, empty, or a run of this config: "{workdir}" holds '
             f"{entries} and no config.json; name another directory."
@@ -231,7 +243,6 @@ def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Pat
         return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary = workdir / "config.json.new"
         temporary.write_text(to_json(config))
         temporary.replace(saved)  # at once: a kill leaves the old one or the new one
     except OSError as error:
@@ -245,7 +256,7 @@ def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Pat
 def _check_same_run(workdir, saved, config):
     try:
         old = flatten(json.loads(saved.read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # the last: not a dict
         raise InputError(
             f'"{saved}" must hold a run\'s config: it cannot be read ({error}); name '
             "another directory."

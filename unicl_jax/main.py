@@ -4,8 +4,10 @@ Running the same command again goes on where it was. A variant of a recipe follo
 colon (`configs/swin_tiny.py:debug`); `--config.batch_size=512` overrides a field.
 """
 
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
@@ -59,16 +61,26 @@ def _say(message, code):
 
 def _parse(argv):
     """Parses the flags; a wrong one is the user's to mend, not a traceback."""
+    recipe = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    file = (recipe or "").split(":")[0]
+    if recipe is not None and not Path(file).is_file():
+        raise InputError(
+            f'--config must be a recipe file: there is no "{file}"; see configs/.'
+        )
     try:
         rest = flags.FLAGS(argv)
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        TypeError,
-        FileNotFoundError,
-    ) as error:
-        message = error.args[0] if error.args else error
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+        refusal = re.search(r"InputError: (.*)", str(error))  # the recipe's own
+        if refusal:
+            raise InputError(refusal[1]) from error
+        typo = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', str(error))
+        if typo:
+            raise InputError(
+                f'there is no config field "{typo[2]}"; did you mean "{typo[1]}"?'
+            ) from error
+        message = str(error.args[0] if error.args else error).strip("'\"")
+        if isinstance(error, KeyError):
+            raise InputError(f'there is no config field "{message}".') from error
         raise InputError(f"wrong flag: {message}") from error
     if rest[1:]:
         raise InputError(f"flags must start with --: got {' '.join(rest[1:])}.")

@@ -101,7 +101,7 @@ def make_train_step(
         (loss, (aux, model_state)), grads = value_and_grad(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.step == step)
         updated = TrainState(state.step + 1, params, model_state, opt_state)
         metrics = {
@@ -114,8 +114,8 @@ def make_train_step(
             "logit_scale": model.logit_scale(state.params),
             "learning_rate": schedule(state.step),
             "grad_norm": grad_norm,
-            "param_norm": optax.global_norm(state.params),
-            "update_norm": optax.global_norm(updates),
+            "param_norm": optax.tree.norm(state.params),
+            "update_norm": optax.tree.norm(updates),
         }
         metrics = {k: jnp.float32(v) for k, v in metrics.items()}
         state = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, state)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from unicl_jax.data.arrays import make_npz_source
 from unicl_jax.data.concepts import ConceptTable, make_concept_table
 from unicl_jax.data.iterator import TrainIterator
@@ -130,9 +132,12 @@ def with_made_up_records(config, workdir: Path):
 
     config = copy.deepcopy(config)
     with config.unlocked():
-        for group in (config.data.sources, config.evaluations):
+        groups = {"train": config.data.sources, "evaluate": config.evaluations}
+        for folder, group in groups.items():
             plain = {
                 k: {"kind": "image_label", **v} for k, v in group.to_dict().items()
             }
-            group.update(write_made_up(plain, str(workdir), count, config.seed))
+            made_up = write_made_up(plain, str(workdir / folder), count, config.seed)
+            for name, source in made_up.items():
+                group[name] = ConfigDict(source)
     return config

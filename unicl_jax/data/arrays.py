@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from unicl_jax.data.records import NO_LABEL, Request, Rows
-from unicl_jax.errors import InputError
+from unicl_jax.data.records import KINDS, NO_LABEL, Request, Rows
+from unicl_jax.errors import InputError, choose
 
 
 class ArraySource:
@@ -117,12 +117,14 @@ def make_npz_source(
         )
     with np.load(path) as data:  # allow_pickle stays False: nothing is executed
         arrays = {key: data[key] for key in data.files}
-    labelled = config["kind"] == "image_label"
+    kind = config.get("kind", KINDS[0])  # an evaluation need not say
+    choose(dict.fromkeys(KINDS), kind, f'source "{name}": kind')
+    labelled = kind == "image_label"
     needed = ["images", "labels", "class_names"] if labelled else ["images", "texts"]
     missing = [key for key in needed if key not in arrays]
     if missing:
         raise InputError(
-            f'source "{name}": an {config["kind"]} .npz must hold {", ".join(needed)}: '
+            f'source "{name}": an {kind} .npz must hold {", ".join(needed)}: '
             f'"{path}" holds {", ".join(sorted(arrays))}.'
         )
     images = arrays["images"]

@@ -1,6 +1,7 @@
 """Sources read from files, from their settings: TFRecord, TFDS and WebDataset."""
 
 from collections.abc import Mapping
+from importlib import resources
 
 from unicl_jax.data.decode import import_tensorflow
 from unicl_jax.data.indexing import index_tars, index_tfrecords
@@ -19,15 +20,16 @@ def make_file_source(
     Args:
       name: the source's name, for errors and logs.
       config: the source's settings:
-        kind: "image_label" or "image_text".
+        kind: "image_label" (the default) or "image_text".
         format: a key of FORMATS.
         path: a file, folder, glob, `{000..099}` range or a list of these; for tfds the
           folder of a prepared version, e.g. ".../imagenet2012/5.1.0".
         split: tfds only; default "train".
         fields: where `image`, `text` and `label` are, over the format's defaults.
-        class_names: a list, or the path of a text file with one name a line.
+        class_names: a list, the path of a text file with one name a line, or a key of
+          CLASS_NAMES.
         label_offset: the first class's label in the files; default 0.
-        preprocess: see `decode.make_preprocess`.
+        preprocess: see `preprocess.make_preprocess`.
         max_skips_in_a_row: unreadable neighbours before the run stops; default 100.
         index_cache: folder that keeps the index of the shards; default none. Worth it
           for gs:// paths, whose first index reads all the data once.
@@ -41,7 +43,7 @@ def make_file_source(
       InputError: if a setting is wrong, no record is found, or the fields are not those
         of the files.
     """
-    kind = config.get("kind")
+    kind = _kind(config)
     choose(dict.fromkeys(KINDS), kind, f'source "{name}": kind')
     make_reader = choose(FORMATS, config.get("format"), f'source "{name}": format')
     reader, known_names = make_reader(name, config)
@@ -61,7 +63,18 @@ def make_file_source(
     )
 
 
+def _kind(config: Mapping) -> str:
+    return config.get("kind") or KINDS[0]  # an evaluation need not say
+
+
+# Names that ship with the package: TFDS, for one, knows ImageNet's classes by id only.
+CLASS_NAMES = {"imagenet": "imagenet.txt"}
+
+
 def _load_class_names(source: str, value) -> tuple[str, ...]:
+    if isinstance(value, str) and value in CLASS_NAMES:
+        file = resources.files(__package__) / "class_names" / CLASS_NAMES[value]
+        value = file.read_text(encoding="utf-8").splitlines()
     if isinstance(value, str):
         try:
             with gfile().GFile(value) if is_remote(value) else open(value) as file:
@@ -105,7 +118,7 @@ def source_fields(source: str, config: Mapping) -> dict[str, str]:
             f'"{unknown[0]}"; {did_you_mean(unknown[0], defaults)}'
         )
     fields = {**defaults, **{role: field for role, field in given.items() if field}}
-    other = "label" if config["kind"] == "image_label" else "text"
+    other = "label" if _kind(config) == "image_label" else "text"
     return {"image": fields["image"], other: fields[other]}
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from unicl_jax.data.decode import SEPARATOR, import_tensorflow, make_preprocess
+from unicl_jax.data.decode import SEPARATOR, import_tensorflow
+from unicl_jax.data.preprocess import make_preprocess
 from unicl_jax.data.readers import Unreadable
 from unicl_jax.data.records import NO_LABEL, Request, Rows
 from unicl_jax.errors import InputError
@@ -47,7 +48,7 @@ class FileSource:
           kind: one of records.KINDS.
           class_names: names by class index; () for image-text.
           reader: what `sources.FORMATS` makes.
-          preprocess: see `decode.make_preprocess`.
+          preprocess: see `preprocess.make_preprocess`.
           image_size: pixels of a side of the images.
           train: random crops and flips, or the centre crop.
           max_skips_in_a_row: neighbours tried in place of an unreadable record.

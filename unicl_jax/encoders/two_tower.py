@@ -37,7 +37,8 @@ def unit(x: jax.Array) -> jax.Array:
       [..., dim] of unit L2 norm. The method's release divides by 0 there.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x * lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-24))
+    squares = (x * x).sum(-1, keepdims=True)
+    return x * jnp.where(squares > 1e-24, lax.rsqrt(jnp.maximum(squares, 1e-24)), 0)
 
 
 def make_two_tower(
