@@ -61,6 +61,11 @@ class ArraySource:
         self.skipped = collections.Counter()
         if labels is not None:
             self.kind = "image_label"
+            if not np.issubdtype(np.asarray(labels).dtype, np.integer):
+                raise InputError(
+                    f'source "{name}": labels must be integers: got '
+                    f"{np.asarray(labels).dtype}; number the classes from 0."
+                )
             self.labels = np.asarray(labels).astype(np.int32)
             bad = np.flatnonzero((self.labels < 0) | (self.labels >= len(class_names)))
             if len(bad):

@@ -1,5 +1,6 @@
 """The training batches: plan, read, prompt, tokenise, prefetch."""
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -78,6 +79,8 @@ class TrainIterator:
             seed,
         )
         local = batch_size // process_count
+        # Each source's stream and the batch itself ask for the same step's plan.
+        self._plan = functools.lru_cache(8)(self.sampler.plan)
         self._rows = slice(process_index * local, (process_index + 1) * local)
         slots = min(local, self._most_texts()) if share_prompts else local
         self.text_slots = -(-slots // text_multiple) * text_multiple
@@ -171,7 +174,7 @@ class TrainIterator:
             step += 1
 
     def _local(self, step) -> Plan:
-        return Plan(*(x[self._rows] for x in self.sampler.plan(step)))
+        return Plan(*(x[self._rows] for x in self._plan(step)))
 
     def _assemble(self, step, plan, parts) -> Batch:
         """Puts the sources' rows in the plan's order and gives each row its text."""

@@ -5,6 +5,7 @@ any number of processes, and stays the same with any version of NumPy, whose ran
 streams may change.
 """
 
+import zlib
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -134,13 +135,17 @@ class Sampler:
 
     def drawn(self, step: int) -> list[int]:
         """How many rows of each source the batches before `step` hold."""
-        edges = [0]
-        for k in range(len(self.shares)):
-            edge = step * self.batch_size * sum(self.shares[: k + 1])
-            edges.append(
-                (2 * edge.numerator + edge.denominator) // (2 * edge.denominator)
-            )
-        return [b - a for a, b in zip(edges, edges[1:], strict=False)]
+        # Kind by kind, so that rounding never moves a row from one kind to the other.
+        kinds = list(dict.fromkeys(source.kind for source in self.sources))
+        order = sorted(
+            range(len(self.shares)), key=lambda k: kinds.index(self.sources[k].kind)
+        )
+        rows, exact, reached = [0] * len(order), Fraction(0), 0
+        for k in order:
+            exact += step * self.batch_size * self.shares[k]
+            edge = (2 * exact.numerator + exact.denominator) // (2 * exact.denominator)
+            rows[k], reached = edge - reached, edge
+        return rows
 
     def epochs(self, step: int) -> dict[str, float]:
         """Epochs of each source seen before `step`."""
@@ -172,7 +177,7 @@ class Sampler:
             epoch = position // source.length
             for e in np.unique(epoch):
                 at = epoch == e
-                name_key = int.from_bytes(source.name.encode()[:8].ljust(8), "big") >> 1
+                name_key = zlib.crc32(source.name.encode())
                 index[at] = permute(
                     position[at] % source.length, source.length, self._seed, name_key, e
                 )
