@@ -57,7 +57,7 @@ def default() -> ConfigDict:
     c.augment.flip = False  # left-right
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"  # or "sgd" (Nesterov)
+    c.optimizer.name = "adamw"  # or "sgd" (Nesterov), "muon"
     c.optimizer.learning_rate = 1e-3  # peak
     c.optimizer.final_learning_rate = 0.0
     c.optimizer.warmup_steps = 0

@@ -5,12 +5,23 @@ from typing import Any
 
 import jax
 import optax
+from optax import contrib
 
 from unicl_jax.errors import choose
 
 # Never decayed, besides vectors and scalars: what the release meant to exclude (its
 # skip list misspells the names, so there they are decayed: unicl_spec, 6.2).
-NO_DECAY = ("relative_position_bias_table", "positional_embedding", "logit_scale")
+NO_DECAY = (
+    "relative_position_bias_table",
+    "absolute_pos_embed",
+    "positional_embedding",
+    "logit_scale",
+)
+
+
+# Muon's update has this root mean square, about AdamW's: one learning rate does for
+# both (arXiv 2502.16982, section 2.2).
+MUON_RMS = 0.2
 
 
 def decay_mask(params: Any) -> Any:
@@ -27,6 +38,20 @@ def decay_mask(params: Any) -> Any:
         return x.ndim > 1 and path[-1].key not in NO_DECAY
 
     return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Which parameters are linear maps [in, out] inside a tower; None for the others.
+
+    Patch embedding and projections face the data, as embedding tables do: Adam's.
+    """
+
+    def dimensions(path, x):
+        names = [part.key for part in path]
+        inside = names[-1] == "kernel" and x.ndim == 2 and "patch_embed" not in names
+        return contrib.MuonDimensionNumbers((0,), (1,)) if inside else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 def make_schedule(config: Mapping, total_steps: int) -> optax.Schedule:
@@ -57,7 +82,7 @@ def make_optimizer(
     """Builds the optimizer that a config's `optimizer` section describes.
 
     Args:
-      config: `name` ("adamw" or "sgd"), `learning_rate`, `final_learning_rate`,
+      config: `name` ("adamw", "sgd" or "muon"), `learning_rate`, `final_learning_rate`,
         `warmup_steps`, `weight_decay`, `clip_norm` (of the global gradient; 0: none),
         `b1`, `b2`, `eps` (AdamW), `momentum` (SGD, Nesterov).
       total_steps: of the run.
@@ -69,7 +94,10 @@ def make_optimizer(
       InputError: if there is no such optimizer.
 
     Source: the paper trains with AdamW where there is a Transformer, SGD for pure CNNs.
-      SGD's decay is part of the gradient, as in PyTorch; AdamW's is decoupled.
+      SGD's decay is part of the gradient, as in PyTorch; AdamW's is decoupled. Muon
+      (Jordan et al., 2024; its step's size as in Liu et al., 2025, arXiv 2502.16982,
+      equation 4) is ours, for short runs: it orthogonalises the update of each linear
+      map, and leaves the other parameters to AdamW.
     """
     schedule = make_schedule(config, total_steps)
     decay = config["weight_decay"]
@@ -90,7 +118,26 @@ def make_optimizer(
             optax.sgd(schedule, momentum=config["momentum"], nesterov=True),
         )
 
-    menu = {"adamw": adamw, "sgd": sgd}
+    def muon():
+        maps = contrib.muon(
+            schedule,
+            consistent_rms=MUON_RMS,
+            weight_decay=decay,
+            weight_decay_mask=decay_mask,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
+
+        def labels(params):
+            return jax.tree.map(
+                lambda numbers: "adamw" if numbers is None else "muon",
+                _muon_dimensions(params),
+                is_leaf=lambda x: not isinstance(x, dict),
+            )
+
+        # Not contrib.muon's own Adam: it is Nesterov's, and decays without a mask.
+        return optax.partition({"muon": maps, "adamw": adamw()}, labels)
+
+    menu = {"adamw": adamw, "sgd": sgd, "muon": muon}
     optimizer = choose(menu, config["name"], "optimizer.name")()
     if config["clip_norm"]:
         clip = optax.clip_by_global_norm(config["clip_norm"])

@@ -184,6 +184,7 @@ class Swin(nn.Module):
     mlp_ratio: float
     drop_path: float
     init_std: float
+    absolute_positions: bool
     remat: bool
     dtype: Dtype
 
@@ -196,6 +197,10 @@ class Swin(nn.Module):
         x = PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")(
             images.astype(self.dtype)
         )
+        if self.absolute_positions:
+            init = nn.initializers.truncated_normal(self.init_std)
+            position = self.param("absolute_pos_embed", init, x.shape[1:])
+            x = x + position.astype(self.dtype)
         rates = np.linspace(0, self.drop_path, sum(self.depths)).tolist()
         for s, (depth, heads) in enumerate(
             zip(self.depths, self.num_heads, strict=True)
@@ -235,6 +240,7 @@ def swin(
     mlp_ratio: float = 4.0,
     drop_path: float = 0.0,
     init_std: float = 0.02,
+    absolute_positions: bool = False,
     remat: bool = False,
     dtype: Dtype = jnp.float32,
 ) -> Encoder:
@@ -250,7 +256,9 @@ def swin(
       patch_size: pixels along a patch's side.
       mlp_ratio: hidden width of the MLPs over the channels.
       drop_path: rate of the last block; rises linearly from 0.
-      init_std: of the linear maps.
+      init_std: of the linear maps; narrow towers learn faster from a larger one.
+      absolute_positions: add a learned embedding of each patch's place, Swin's option
+        "ape": for pictures whose subject is centred.
       remat: recompute each block in the backward pass instead of keeping it.
       dtype: of the computation; parameters, norms' statistics and pooling are float32.
 
@@ -302,6 +310,7 @@ def swin(
         mlp_ratio,
         drop_path,
         init_std,
+        absolute_positions,
         remat,
         dtype,
     )
