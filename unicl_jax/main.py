@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
-from unicl_jax import sharding, train
+from unicl_jax import host_memory, sharding, train
 from unicl_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -40,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         _parse(argv)
+        host_memory.keep_freed_memory()
         sharding.start_processes(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         )
@@ -61,7 +62,10 @@ def _say(message, code):
 
 def _parse(argv):
     """Parses the flags; a wrong one is the user's to mend, not a traceback."""
-    recipe = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    app.define_help_flags()
+    # Both --config=x and --config x.
+    given = re.search(r"(?:^|\0)--?config[=\0]([^\0]*)", "\0".join(argv))
+    recipe = given and given[1]
     file = (recipe or "").split(":")[0]
     if recipe is not None and not Path(file).is_file():
         raise InputError(
