@@ -16,8 +16,8 @@ class Metrics:
 
     `metrics.jsonl` has one object a line with `step` and the scalars of that step:
     training ones by their bare names, evaluations as `eval/<task>_top1`. After a resume
-    the lines of steps that are run again are dropped first, so that the file reads as
-    if nothing had happened.
+    the lines of what is run again are dropped first, so that the file reads as if
+    nothing had happened.
     """
 
     def __init__(self, workdir: Path, first_step: int, active: bool):
@@ -25,7 +25,8 @@ class Metrics:
 
         Args:
           workdir: of the run.
-          first_step: steps from this one on will be written again.
+          first_step: updates made before; later steps will be written again, and so
+            will the evaluation of this one.
           active: whether this process writes.
         """
         self._active = active
@@ -33,14 +34,14 @@ class Metrics:
             return
         path = workdir / "metrics.jsonl"
         if path.exists():
-            lines = [
-                x for x in path.read_text().splitlines(True) if _kept(x, first_step)
-            ]
+            lines = [x for x in path.read_text().splitlines() if _kept(x, first_step)]
             temporary = path.with_suffix(".new")
-            temporary.write_text("".join(lines))
+            temporary.write_text("".join(f"{x}\n" for x in lines))
             temporary.replace(path)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=first_step + 1
+        )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends one step's scalars to both files.
@@ -66,7 +67,8 @@ class Metrics:
 
 def _kept(line, first_step):
     try:
-        return json.loads(line)["step"] < first_step
+        row = json.loads(line)
+        return row["step"] < first_step + (not any(k.startswith("eval/") for k in row))
     except (ValueError, KeyError, TypeError):
         return False  # a line that a kill cut off
 

@@ -143,7 +143,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 progress.update(step, scalars)
 
     def save():
-        checkpoints.save(state, {"step": int(state.step)})
+        if (step := int(state.step)) > first_step:  # else there is nothing new
+            checkpoints.save(state, {"step": step})
 
     def evaluate(step):
         for task in tasks:
@@ -162,6 +163,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             progress.say(f"going on from step {first_step} of {config.total_steps}")
         for source, name in batches.concepts.merged:
             progress.say(f'{source}: class "{name}" joins the concept of that name')
+        if 0 < first_step < config.total_steps:
+            # A stop or a kill comes between a checkpoint and its evaluation.
+            if first_step % config.evaluate_every_steps == 0:
+                evaluate(first_step)
         for step in range(first_step + 1, config.total_steps + 1):
             batch = sharding.global_batch(mesh, timer.next_batch(batches))
             start = time.perf_counter()
@@ -199,6 +204,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         # the others don't know, and a save that waits for them would hang.
         if jax.process_count() == 1 and not state.step.is_deleted():
             save()
+            write_pending()
         raise
     finally:
         progress.close()

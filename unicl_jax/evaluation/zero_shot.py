@@ -91,7 +91,9 @@ class ZeroShotTask:
         self._num_templates = len(templates)
         names = source.class_names
         self._tokens = tokenize([fill(t, name) for name in names for t in templates])
-        self._rank = jax.jit(_rank)
+        # On every device of every process, so that each can read all of it.
+        whole = sharding.replicated(encoders.mesh)
+        self._rank = jax.jit(_rank, out_shardings=whole)
 
     @property
     def ways(self) -> int:

@@ -1,0 +1,562 @@
+"""The whole run in this process: what it leaves behind, and that it can go on.
+
+A Swin with drop path, a text transformer, 16-pixel pictures in `.npz` files of both
+kinds, augmentation on: small, but with every source of randomness that a run has.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from rich.cells import cell_len
+from rich.console import Console
+
+from unicl_jax import config as config_lib
+from unicl_jax import train
+from unicl_jax.analysis.end_of_run import evaluation_table
+from unicl_jax.data import sampler
+from unicl_jax.errors import InputError
+from unicl_jax.evaluation import Scores
+
+SIZE, STEPS = 16, 6
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 200, 30),
+    "blue": (30, 30, 220),
+    "white": (250, 250, 250),
+    "yellow": (240, 220, 30),
+    "grey": (128, 128, 128),
+}
+# What changes from run to run: the time that things took.
+TIMES = ("step_seconds", "data_wait", "images_per_second")
+
+
+def pictures(labels, seed):
+    """Squares of a colour in noise."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 60, (len(labels), SIZE, SIZE, 3), dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        row, column = rng.integers(0, SIZE // 2, 2)
+        patch = image[row : row + 8, column : column + 8]
+        patch[:] = list(COLOURS.values())[label]
+    return images
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    """Three files: labelled, captioned, held out."""
+    folder, names = tmp_path_factory.mktemp("sources"), list(COLOURS)
+    labels = np.arange(36) % 6
+    np.savez(
+        folder / "labelled.npz",
+        images=pictures(labels, 0),
+        labels=labels,
+        class_names=names,
+    )
+    given = np.arange(48) % 6
+    np.savez(
+        folder / "captioned.npz",
+        images=pictures(given, 1),
+        texts=[f"a {names[k]} square, number {i}" for i, k in enumerate(given)],
+    )
+    held_out = np.arange(20) % 6
+    np.savez(
+        folder / "held_out.npz",
+        images=pictures(held_out, 2),
+        labels=held_out,
+        class_names=names,
+    )
+    return folder
+
+
+@pytest.fixture
+def make_config(sources):
+    """A config of the small run; changes by path, as on the command line."""
+
+    def make(**changes):
+        c = config_lib.default()
+        c.batch_size, c.total_steps, c.seed = 16, STEPS, 3
+        c.model.image.name = "swin"
+        c.model.image.image_size = SIZE
+        c.model.image.patch_size = 4
+        c.model.image.window_size = 2
+        c.model.image.embed_dim = 16
+        c.model.image.depths = (1, 1)
+        c.model.image.num_heads = (2, 2)
+        c.model.image.drop_path = 0.3
+        c.model.text.name = "transformer"
+        c.model.text.vocab_size = 600
+        c.model.text.context_length = 12
+        c.model.text.width = 32
+        c.model.text.num_heads = 2
+        c.model.text.num_layers = 1
+        c.model.embed_dim = 16
+        for name, kind in (("labelled", "image_label"), ("captioned", "image_text")):
+            path = str(sources / f"{name}.npz")
+            c.data.sources[name] = dict(format="npz", path=path, kind=kind)
+        c.data.templates = "short"
+        c.augment.shift, c.augment.color, c.augment.flip = 1, 0.2, True
+        c.optimizer.warmup_steps = 2
+        c.evaluations.squares = dict(
+            format="npz",
+            path=str(sources / "held_out.npz"),
+            kind="image_label",
+            templates="short",
+        )
+        c.evaluate_every_steps = c.checkpoint_every_steps = 3
+        c.log_every_steps = 1
+        for path, value in changes.items():
+            *parents, leaf = path.split("__")
+            section = c
+            for parent in parents:
+                section = section[parent]
+            section[leaf] = value
+        return c
+
+    return make
+
+
+def rows(workdir):
+    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(workdir):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows(workdir)]
+
+
+def saved_steps(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*"))
+
+
+def saved(workdir, step=None):
+    """The arrays of a checkpoint, the newest unless told, as {path: array}."""
+    import orbax.checkpoint as ocp
+
+    step = max(saved_steps(workdir)) if step is None else step
+    path = workdir / "checkpoints" / str(step) / "state"
+    with ocp.StandardCheckpointer() as checkpointer:
+        like = jax.tree.map(
+            lambda leaf: np.empty(leaf.shape, leaf.dtype),
+            checkpointer.metadata(path).item_metadata.tree,
+        )
+        tree = checkpointer.restore(path, like)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype, path
+        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
+
+
+def stop_at(monkeypatch, step, number=signal.SIGTERM):
+    """Sends this process a signal while a step runs, once."""
+    original = train._StopRequest.requested
+
+    def requested(self, at):
+        if at == step:
+            os.kill(os.getpid(), number)
+        return original(self, at)
+
+    monkeypatch.setattr(train._StopRequest, "requested", requested)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """The directories of runs that nothing stopped, by name: each is run once."""
+    return tmp_path_factory.mktemp("uninterrupted"), {}
+
+
+@pytest.fixture
+def whole(uninterrupted, make_config):
+    """The run of `make_config()`, never stopped: its directory and its result."""
+    folder, done = uninterrupted
+    if "whole" not in done:
+        done["whole"] = train.run(make_config(), folder / "whole")
+    return folder / "whole", done["whole"]
+
+
+# --- What a run leaves behind.
+
+
+def test_a_run_saves_its_config(whole, make_config):
+    workdir, _ = whole
+    assert (workdir / "config.json").read_text() == config_lib.to_json(make_config())
+
+
+def test_every_step_is_logged_with_every_scalar(whole):
+    workdir, _ = whole
+    steps = [row for row in rows(workdir) if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    named = {
+        "loss",
+        "excess",
+        "per_image",
+        "per_text",
+        "positives_per_row",
+        "label_share",
+        "logit_scale",
+        "learning_rate",
+        "grad_norm",
+        "param_norm",
+        "update_norm",
+        "epochs/labelled",
+        "epochs/captioned",
+    }
+    for row in steps:
+        assert named <= row.keys()
+        assert all(isinstance(row[key], float) for key in named)
+    # The first step compiles: its time is nobody's step time.
+    assert all(set(TIMES) <= row.keys() for row in steps[1:2] + steps[4:5])
+    timed = [row for row in steps if "step_seconds" in row]
+    for row in timed:
+        assert row["step_seconds"] > 0 and 0 <= row["data_wait"] <= 1
+        assert row["images_per_second"] == pytest.approx(16 / row["step_seconds"])
+
+
+def test_the_logged_scalars_fit_each_other(whole):
+    """The loss is the mean of its directions, and the batch is what was asked for."""
+    workdir, _ = whole
+    for row in (row for row in rows(workdir) if "loss" in row):
+        # Float32 means of 16 rows, summed in another order.
+        both = (row["per_image"] + row["per_text"]) / 2
+        assert row["loss"] == pytest.approx(both, rel=1e-5)
+        assert 0 <= row["excess"] <= row["loss"]
+        assert row["label_share"] == 0.5  # exactly: 8 of 16 rows, a power of two
+        # 8 labelled rows of 6 classes: at least (6 + 2 repeats), at most all alike.
+        assert 1 < row["positives_per_row"] <= (8 * 8 + 8) / 16
+        step = row["step"]
+        assert row["epochs/labelled"] == 8 * step / 36
+        assert row["epochs/captioned"] == 8 * step / 48
+    rates = [row["learning_rate"] for row in rows(workdir) if "loss" in row]
+    # Warm-up over two steps from 0 to the peak, then down.
+    np.testing.assert_allclose(rates[:3], [0, 5e-4, 1e-3], rtol=1e-6)
+    assert np.all(np.diff(rates[2:]) < 0)
+    first = next(iter(rows(workdir)))
+    # exp(theta) at theta = 1: float32's e.
+    assert first["logit_scale"] == pytest.approx(np.e, rel=1e-6)
+    # Untrained, every text is about as likely as every other of the 16.
+    assert first["loss"] == pytest.approx(np.log(16), rel=0.3)
+
+
+def test_evaluations_are_logged_on_schedule_and_returned(whole):
+    workdir, result = whole
+    scored = [row for row in rows(workdir) if "eval/squares_top1" in row]
+    assert [row["step"] for row in scored] == [3, 6]
+    for row in scored:
+        assert row.keys() == {"step", "eval/squares_top1", "eval/squares_top5"}
+        assert 0 <= row["eval/squares_top1"] <= row["eval/squares_top5"] <= 1
+    assert {"step": 6, **result} == scored[-1]
+
+
+def test_the_newest_checkpoints_are_kept(whole):
+    workdir, _ = whole
+    assert saved_steps(workdir) == [3, 6]
+    assert saved(workdir, 3)["['step']"] == 3
+    assert saved(workdir, 6)["['step']"] == 6
+
+
+@pytest.mark.parametrize("name", ["curves.png", "predictions.png"])
+def test_the_pictures_open_and_show_something(whole, name):
+    workdir, _ = whole
+    with Image.open(workdir / name) as image:
+        image.load()
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) > 100
+    assert pixels.std() > 5  # a blank page has 0
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+
+
+def test_predictions_show_the_held_out_pictures(whole):
+    """The squares' colours are in the picture: it shows the set, not just axes."""
+    workdir, _ = whole
+    with Image.open(workdir / "predictions.png") as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    seen = [(pixels == colour).all(1).any() for colour in COLOURS.values()]
+    assert sum(seen) >= 5
+
+
+def test_event_files_are_written(whole):
+    workdir, _ = whole
+    (event_file,) = (workdir / "tensorboard").iterdir()
+    content = event_file.read_bytes()
+    for tag in (b"loss", b"eval/squares_top1", b"epochs/labelled"):
+        assert tag in content
+
+
+# --- Going on.
+
+
+def test_running_a_finished_run_again_trains_nothing_and_prints_the_table(
+    whole, make_config, monkeypatch, capsys
+):
+    workdir, result = whole
+    before, lines = saved(workdir), timeless(workdir)
+    made = (workdir / "checkpoints" / "6").stat().st_mtime_ns
+
+    def no_step(*args, **kwargs):
+        def refuse(state, batch, step):
+            raise AssertionError("a finished run must not train")
+
+        return refuse
+
+    monkeypatch.setattr(train, "make_train_step", no_step)
+    again = train.run(make_config(), workdir)
+    printed = capsys.readouterr().out
+    assert again == result
+    assert "going on from step 6 of 6" in printed
+    assert "squares" in printed and "top-1 %" in printed and "curves.png" in printed
+    assert f"{100 * result['eval/squares_top1']:.1f}" in printed
+    assert (workdir / "checkpoints" / "6").stat().st_mtime_ns == made
+    assert_same_bits(saved(workdir), before)
+    assert timeless(workdir) == lines
+
+
+@pytest.mark.parametrize("step, number", [(3, signal.SIGTERM), (4, signal.SIGINT)])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    whole, make_config, tmp_path, monkeypatch, capsys, step, number
+):
+    """At step 3, where a checkpoint and an evaluation are due, and between them."""
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, number)
+        with pytest.raises(train.Stopped, match=rf"stopped at step {step}, saved"):
+            train.run(make_config(), tmp_path)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert saved_steps(tmp_path)[-1] == step
+    result = train.run(make_config(), tmp_path)
+    assert f"going on from step {step} of {STEPS}" in capsys.readouterr().out
+    workdir, expected = whole
+    assert result == expected
+    # Parameters, optimizer state, step: bit by bit, though drop path and augmentation
+    # draw at random: all that is random depends on the seed and the step alone.
+    assert_same_bits(saved(tmp_path), saved(workdir))
+    assert timeless(tmp_path) == timeless(workdir)
+
+
+def test_randomness_is_on_and_the_seed_decides_it(whole, make_config, tmp_path):
+    """Else the law above would hold for want of anything random."""
+    workdir, _ = whole
+    losses = [row["loss"] for row in rows(workdir) if "loss" in row]
+    for name, changes in {
+        "still": dict(augment__shift=0, augment__color=0.0, augment__flip=False),
+        "no_drop_path": dict(model__image__drop_path=0.0),
+    }.items():
+        config = make_config(evaluations={}, total_steps=3, **changes)
+        train.run(config, tmp_path / name)
+        assert rows(tmp_path / name)[0]["loss"] != losses[0], name
+
+
+def test_what_is_logged_and_evaluated_does_not_touch_what_is_learnt(
+    whole, make_config, tmp_path
+):
+    config = make_config(
+        evaluations={}, log_every_steps=4, checkpoint_every_steps=6, checkpoints_kept=1
+    )
+    assert train.run(config, tmp_path) == {}
+    assert_same_bits(saved(tmp_path), saved(whole[0]))
+    assert [row["step"] for row in rows(tmp_path)] == [4, 6]  # the last one always
+    assert (tmp_path / "curves.png").exists()
+    assert not (tmp_path / "predictions.png").exists()  # of nothing
+
+
+def quickstart_config(make_config, seed):
+    config = make_config(
+        seed=seed,
+        batch_size=128,
+        total_steps=160,
+        model__image__image_size=32,
+        model__image__window_size=4,
+        model__image__drop_path=0.0,
+        model__image__init_std=0.08,
+        model__image__embed_dim=32,
+        model__logit_scale_init=2.659,
+        augment__color=0.0,
+        augment__flip=False,
+        data__share_prompts=True,
+        optimizer__learning_rate=3e-3,
+        optimizer__warmup_steps=15,
+        optimizer__b2=0.98,
+        optimizer__clip_norm=1.0,
+        data__mixture="weights",
+        evaluate_every_steps=1000,
+        checkpoint_every_steps=1000,
+        log_every_steps=30,
+    )
+    config.data.sources = {}
+    for name, kind, weight in (
+        ("emoji_captions", "image_text", 1),
+        ("fashion_mnist", "image_label", 3),
+    ):
+        config.data.sources[name] = dict(
+            format="quickstart", path=name, kind=kind, weight=weight
+        )
+    config.evaluations = dict(
+        fashion_mnist=dict(format="quickstart", path="fashion_mnist", templates="short")
+    )
+    return config
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_to_name_held_out_clothes(make_config, tmp_path, capsys):
+    """Of ten sorts, pictures it never saw; half a minute of one core."""
+    result = train.run(quickstart_config(make_config, seed=0), tmp_path)
+    # Seeds 0, 1, 2 gave top-1 of 0.642, 0.658, 0.552 and top-5 of 0.985, 0.983, 0.981;
+    # chance is 0.1 and 0.5. Two spreads of the seeds below the least of them.
+    assert result["eval/fashion_mnist_top1"] > 0.4
+    assert result["eval/fashion_mnist_top5"] > 0.95
+    # 2.61, 2.45, 2.49 at step 30; 1.62, 1.63, 1.73 at the end.
+    excess = [row["excess"] for row in rows(tmp_path) if "excess" in row]
+    assert excess[-1] < excess[0] - 0.5
+    assert "pixel 1-NN %" in capsys.readouterr().out  # the baseline beside it
+
+
+# --- When things go wrong.
+
+
+def test_a_non_finite_loss_is_named_and_the_state_before_it_is_saved(
+    make_config, tmp_path
+):
+    # A learning rate of 1e30 in the second step (the first one's is 0): parameters
+    # whose products overflow, so the third step's loss is no number.
+    config = make_config(
+        optimizer__learning_rate=1e30,
+        optimizer__warmup_steps=1,
+        checkpoint_every_steps=100,
+    )
+    with pytest.raises(train.NonFiniteLoss) as caught:
+        train.run(config, tmp_path)
+    message = str(caught.value)
+    step = int(re.search(r"step (\d+) gave", message)[1])
+    assert step >= 2
+    assert "lower optimizer.learning_rate" in message
+    assert saved_steps(tmp_path) == [step - 1]
+    arrays = saved(tmp_path)
+    assert arrays["['step']"] == step - 1
+    for path, array in arrays.items():
+        assert np.isfinite(array).all(), path
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, step))
+    # The same command meets the same step: the batch is what it was.
+    with pytest.raises(train.NonFiniteLoss, match=f"step {step} gave"):
+        train.run(config, tmp_path)
+    assert saved_steps(tmp_path) == [step - 1]
+
+
+def fail_at(monkeypatch, step, error):
+    """Makes the reading of one step's batch fail; steps count from 0 there."""
+    original = sampler.Sampler.plan
+
+    def plan(self, at):
+        if at == step:
+            raise error
+        return original(self, at)
+
+    monkeypatch.setattr(sampler.Sampler, "plan", plan)
+
+
+def test_a_data_error_saves_what_was_learnt_and_the_run_goes_on(
+    whole, make_config, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        fail_at(patch, 4, OSError("no such disk"))  # the fifth batch
+        with pytest.raises(OSError, match="no such disk"):
+            train.run(make_config(), tmp_path)
+    assert saved_steps(tmp_path)[-1] == 4
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 3, 4]
+    with pytest.raises(
+        InputError, match=r"optimizer\.b2: the run has 0\.999, now 0\.9"
+    ):
+        train.run(make_config(optimizer__b2=0.9), tmp_path)
+    train.run(make_config(), tmp_path)
+    assert_same_bits(saved(tmp_path), saved(whole[0]))
+    assert timeless(tmp_path) == timeless(whole[0])
+
+
+def test_a_data_error_before_the_first_step_leaves_nothing_that_binds(
+    make_config, tmp_path, monkeypatch
+):
+    fail_at(monkeypatch, 0, OSError("no such disk"))
+    with pytest.raises(OSError, match="no such disk"):
+        train.run(make_config(), tmp_path)
+    assert saved_steps(tmp_path) == []
+    config_lib.prepare_workdir(tmp_path, make_config(batch_size=8), write=True)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("batch_size", 12),
+        ("objective", "unicorn"),
+        ("data__mixture", "balance"),
+        ("data__templates", "shrot"),
+        ("optimizer__name", "adamwm"),
+        ("model__image__name", "swim"),
+    ],
+)
+def test_a_wrong_config_does_not_block_its_directory_for_the_right_one(
+    make_config, tmp_path, field, value
+):
+    with pytest.raises(InputError, match=str(value)):
+        train.run(make_config(**{field: value}), tmp_path / "run")
+    assert saved_steps(tmp_path / "run") == []
+    right = make_config()
+    assert config_lib.prepare_workdir(tmp_path / "run", right, write=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_step_and_path(
+    whole, make_config, tmp_path
+):
+    """As when someone copies checkpoints between directories."""
+    config = make_config(model__text__num_layers=2)
+    config_lib.prepare_workdir(tmp_path, config, write=True)
+    (tmp_path / "checkpoints").symlink_to(whole[0] / "checkpoints")
+    with pytest.raises(InputError, match="checkpoint 6 must hold this model's state"):
+        train.run(config, tmp_path)
+
+
+def table_lines(name, width):
+    class Task:
+        ways = 21_841
+
+    Task.name = name
+    scores = {name: Scores(0.1234, 0.4567, None, None)}
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(evaluation_table([Task], scores, {name: (0.5, 1.0)}))
+    return capture.get().splitlines()
+
+
+def test_the_table_fits_80_columns():
+    cells = ("21,841", "12.3", "45.7", "0.00", "50.0 / 100.0")
+    # A name of 20 letters fits as it is; a longer one is folded, the numbers never.
+    for name, width in (("t" * 20, 200), ("t" * 40, 80)):
+        lines = table_lines(name, width)
+        assert max(map(cell_len, lines)) <= 80
+        assert all(any(cell in line for line in lines) for cell in cells)
+
+
+# --- The house.
+
+
+def test_importing_the_trainer_does_not_import_tensorflow():
+    code = "import unicl_jax.train, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    modules = set(done.stdout.split())
+    assert "unicl_jax.train" in modules
+    assert not modules & {"tensorflow", "tensorflow_datasets", "matplotlib"}
