@@ -411,13 +411,16 @@ def quickstart_config(make_config, seed):
 def test_a_small_model_learns_to_name_held_out_clothes(make_config, tmp_path, capsys):
     """Of ten sorts, pictures it never saw; half a minute of one core."""
     result = train.run(quickstart_config(make_config, seed=0), tmp_path)
-    # Seeds 0, 1, 2 gave top-1 of 0.642, 0.658, 0.552 and top-5 of 0.985, 0.983, 0.981;
-    # chance is 0.1 and 0.5. Two spreads of the seeds below the least of them.
-    assert result["eval/fashion_mnist_top1"] > 0.4
-    assert result["eval/fashion_mnist_top5"] > 0.95
-    # 2.61, 2.45, 2.49 at step 30; 1.62, 1.63, 1.73 at the end.
+    # Seeds 0, 1, 2 gave top-1 of 0.397, 0.616, 0.629 (jax 0.10) and 0.437, 0.615, 0.627
+    # (jax 0.12); in another order of records 0.642, 0.658, 0.552. Chance is 0.1; the
+    # floor is one and a half standard deviations (0.09) below the least of these.
+    assert result["eval/fashion_mnist_top1"] > 0.25
+    # 0.938 to 0.989; chance is 0.5.
+    assert result["eval/fashion_mnist_top5"] > 0.8
+    # From 2.44 to 2.61 at step 30 down to 1.60 to 1.98 at step 160: by 0.58 at
+    # least.
     excess = [row["excess"] for row in rows(tmp_path) if "excess" in row]
-    assert excess[-1] < excess[0] - 0.5
+    assert excess[-1] < excess[0] - 0.3
     assert "pixel 1-NN %" in capsys.readouterr().out  # the baseline beside it
 
 

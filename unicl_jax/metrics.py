@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from tensorboardX import SummaryWriter
 
 
 class Metrics:
@@ -38,6 +37,9 @@ class Metrics:
             temporary = path.with_suffix(".new")
             temporary.write_text("".join(f"{x}\n" for x in lines))
             temporary.replace(path)
+        # Imported here: where PyTorch is installed, it imports that too.
+        from tensorboardX import SummaryWriter
+
         self._file = path.open("a")
         self._board = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=first_step + 1

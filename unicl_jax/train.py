@@ -83,19 +83,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         for name, task in config.evaluations.items()
     ]
 
-    # 3. State: made on the devices it lives on, or read from the newest checkpoint.
+    # 3. The step: one compiled function that takes the state and gives it back changed.
     whole, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
-    make_state = jax.jit(
-        lambda: init_state(model, optimizer, config.seed), out_shardings=whole
-    )
-    state = make_state()
-    checkpoints = Checkpoints(workdir, config.checkpoints_kept)
-    if checkpoints.latest_step() is not None:
-        state, data_state = checkpoints.restore(state)
-        batches.restore(data_state)
-    first_step = int(state.step)
-
-    # 4. The step: one compiled function that takes the state and gives it back changed.
     train_step = jax.jit(
         make_train_step(
             model,
@@ -110,6 +99,17 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         out_shardings=(whole, whole),
         donate_argnums=0,
     )
+
+    # 4. State: made on the devices it lives on, or read from the newest checkpoint.
+    make_state = jax.jit(
+        lambda: init_state(model, optimizer, config.seed), out_shardings=whole
+    )
+    state = make_state()
+    checkpoints = Checkpoints(workdir, config.checkpoints_kept)
+    if checkpoints.latest_step() is not None:
+        state, data_state = checkpoints.restore(state)
+        batches.restore(data_state)
+    first_step = int(state.step)
 
     # 5. The loop. Step n is dispatched, then step n - 1 is written: the host's work
     #    hides behind the device's.
@@ -129,8 +129,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             raise NonFiniteLoss(
                 f"loss and gradients must be finite: step {step} gave loss "
                 f"{scalars['loss']} and gradient norm {scalars['grad_norm']}. The "
-                "state before that step is saved; lower optimizer.learning_rate, set "
-                "optimizer.clip_norm, or look at the data of that step."
+                "state before that step is saved. Look at the data of that step; or "
+                "start anew, in another workdir, with a lower optimizer.learning_rate "
+                "or with optimizer.clip_norm."
             )
         if step % config.log_every_steps == 0 or step == config.total_steps:
             scalars = {k: float(v) for k, v in scalars.items()}
