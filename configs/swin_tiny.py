@@ -3,7 +3,7 @@
 python -m unicl_jax.main --config=configs/swin_tiny.py --workdir=runs/swin_tiny
 
 Half of every batch is image-label, half image-text, for 500 epochs of the labels. The
-paper reports 81.8 % zero-shot-form top-1 on ImageNet-1K with GCC-15M.
+authors list 81.8 % top-1 on ImageNet-1K, from prompts, when the captions are GCC-15M.
 
 `:debug` runs all of it in a minute on made-up records of the same formats.
 """

@@ -3,7 +3,7 @@
 python -m unicl_jax.main --config=configs/swin_tiny_yfcc_in21k.py --workdir=runs/yfcc
 
 All records alike, 32 epochs, random crops only; ImageNet-1K's classes are held out, so
-that its validation set is zero-shot. The paper reports 40.5 % top-1 there, against
+that its validation set is zero-shot. The authors list 40.5 % top-1 there, against
 30.1 % with YFCC-14M alone and 28.5 % with ImageNet-21K alone.
 """
 

@@ -115,10 +115,7 @@ def quick_gelu(x: jax.Array) -> jax.Array:
 
 
 def uniform_fan_in(key, shape, dtype=jnp.float32):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch gives a convolution.
-
-    For biases, whose shape does not tell the fan-in, see `patch_bias_init` in Swin.
-    """
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's start of a convolution's kernel."""
     fan_in = 1
     for size in shape[:-1]:
         fan_in *= size
