@@ -58,7 +58,7 @@ def get_config(variant: str = ""):
     config.augment.shift = 2
     config.augment.color = 0.15
 
-    config.optimizer.name = "muon"  # twice as far as AdamW in as many steps, here
+    config.optimizer.name = "muon"  # gets further than AdamW in so few steps
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.weight_decay = 0.1

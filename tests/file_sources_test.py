@@ -176,16 +176,16 @@ def test_remote_paths_go_through_gfile():
         "some": {"kind": "image_text", "format": "tfrecord", "preprocess": CENTRE},
         "tars": {"kind": "image_label", "format": "webdataset", "preprocess": CENTRE},
     }
-    remote = made_up.write_made_up(config, "ram://work", 10, seed=0)
+    remote = made_up.write_made_up(config, "ram://made_up_test", 10, seed=0)
     for name, source_config in remote.items():
-        assert source_config["path"].startswith("ram://work/made_up/")
-        cached = {**source_config, "index_cache": "ram://work/index"}
+        assert source_config["path"].startswith("ram://made_up_test/made_up/")
+        cached = {**source_config, "index_cache": "ram://made_up_test/index"}
         for _ in range(2):  # the second index is the kept one
             source = make_file_source(name, cached, SIZE, train=False)
             (rows,) = read(source, range(10))
             assert not source.skipped
             assert len(set(rows.texts if name == "some" else rows.labels)) == 10
-    assert len(tf.io.gfile.glob("ram://work/index/*")) == 2
+    assert len(tf.io.gfile.glob("ram://made_up_test/index/*")) == 2
     with pytest.raises(InputError, match='"ram://nowhere/x-\\*" matches none'):
         captioned("ram://nowhere/x-*")
 
