@@ -48,7 +48,7 @@ class Linear(nn.Dense):
     """`nn.Dense` over rows flattened to one axis.
 
     The same numbers, but the gradient of the kernel is then one matmul; with several
-    leading axes XLA's CPU backend transposes first, which made a step half as long again.
+    leading axes XLA's CPU backend transposes first: a step took half as long again.
     """
 
     @nn.compact
