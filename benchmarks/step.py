@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.step_report import BUSY, RESULTS, markdown, text_table
-from unicl_jax.host_memory import keep_freed_memory
+from unicl_jax.host_memory import restart_with_huge_pages
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("transfer", "forward", "gradient", "step")
@@ -126,7 +126,6 @@ class Worker:
 
 
 def _serve(pipe, make, args):
-    keep_freed_memory()  # as `main` does; the peers gain as well
     served = None
     while True:
         try:
@@ -477,4 +476,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    # As the trainer does; the workers inherit it, so that the peers gain as well.
+    restart_with_huge_pages(["-m", "benchmarks.step"])
     main(sys.argv[1:])

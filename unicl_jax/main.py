@@ -40,7 +40,6 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         _parse(argv)
-        host_memory.keep_freed_memory()
         sharding.start_processes(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         )
@@ -97,4 +96,5 @@ def _parse(argv):
 
 
 if __name__ == "__main__":
+    host_memory.restart_with_huge_pages(["-m", "unicl_jax.main"])
     sys.exit(main(sys.argv))
