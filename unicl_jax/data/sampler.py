@@ -5,6 +5,7 @@ any number of processes, and stays the same with any version of NumPy, whose ran
 streams may change.
 """
 
+import functools
 import zlib
 from collections.abc import Sequence
 from fractions import Fraction
@@ -15,6 +16,13 @@ import numpy as np
 from unicl_jax.errors import InputError, choose
 
 _ROUNDS = 6
+_TABLE_UNTIL = 2**16  # positions of a permutation that is kept whole: 512 KiB
+
+# SplitMix64: what is added before each mixing and what mixing multiplies by. The start
+# is the first digits of pi.
+_START, _GOLDEN = 0x243F6A8885A308D3, 0x9E3779B97F4A7C15
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_MASK = 2**64 - 1
 
 
 class SourceInfo(NamedTuple):
@@ -45,25 +53,48 @@ def hash_bits(*keys) -> np.ndarray:
 
     Source: the finaliser of SplitMix64 (Steele et al., OOPSLA 2014), once a key.
     """
-    state = np.uint64(0x243F6A8885A308D3)
+    state = np.uint64(_START)
     with np.errstate(over="ignore"):
         for key in keys:
-            state = state + np.uint64(0x9E3779B97F4A7C15) + _uint64(key)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
+            state = _mix(state + np.uint64(_GOLDEN) + _uint64(key))
     return state
+
+
+def _mix(state):
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(_FIRST)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(_SECOND)
+    return state ^ (state >> np.uint64(31))
 
 
 def _uint64(key):
     return np.asarray(key).astype(np.int64).astype(np.uint64)
 
 
+def _absorb(state: int, key: int) -> int:
+    """One key of `hash_bits`, in Python's integers: for one number they are faster."""
+    state = (state + _GOLDEN + key) & _MASK
+    state = ((state ^ (state >> 30)) * _FIRST) & _MASK
+    state = ((state ^ (state >> 27)) * _SECOND) & _MASK
+    return state ^ (state >> 31)
+
+
+@functools.lru_cache(maxsize=64)
+def _round_states(length: int, *keys: int) -> list[np.ndarray]:
+    """What each round of `permute` has of `hash_bits` before it sees a position."""
+    states = []
+    for round_number in range(_ROUNDS):
+        key = functools.reduce(_absorb, (length, *keys, round_number), _START)
+        state = _absorb(_START, key) + _GOLDEN
+        states.append(np.array([state & _MASK], np.uint64))
+    return states
+
+
 def permute(positions: np.ndarray, length: int, *keys: int) -> np.ndarray:
     """Where a keyed random permutation of `range(length)` sends each position.
 
     A Feistel network on the smallest even number of bits that covers the range, walked
-    until it lands inside: no table, so a source of a billion records costs nothing.
+    until it lands inside: a source of a billion records needs no table, and short ones
+    have theirs from the same walk.
 
     Args:
       positions: [n] integer in [0, length).
@@ -75,15 +106,27 @@ def permute(positions: np.ndarray, length: int, *keys: int) -> np.ndarray:
 
     Source: Black and Rogaway, CT-RSA 2002 (cycle walking).
     """
+    if length <= _TABLE_UNTIL:
+        return _table(int(length), *map(int, keys))[positions]
+    return _walk(_uint64(positions), length, *keys)
+
+
+@functools.lru_cache(maxsize=32)
+def _table(length: int, *keys: int) -> np.ndarray:
+    """The whole permutation: cheaper than a walk for each batch of a short epoch."""
+    return _walk(np.arange(length, dtype=np.uint64), length, *keys)
+
+
+def _walk(values: np.ndarray, length: int, *keys: int) -> np.ndarray:
+    """`permute` of uint64 positions, which it overwrites."""
     half = max(1, (max(length - 1, 1).bit_length() + 1) // 2)
     bits, low = np.uint64(half), np.uint64((1 << half) - 1)
-    round_keys = [hash_bits(length, *keys, r) for r in range(_ROUNDS)]
-    values = _uint64(positions).copy()
+    states = _round_states(int(length), *map(int, keys))
     todo = np.arange(len(values))
     while len(todo):
         left, right = values[todo] >> bits, values[todo] & low
-        for key in round_keys:
-            left, right = right, left ^ (hash_bits(key, right) & low)
+        for state in states:  # left ^= hash_bits(the round's key, right)
+            left, right = right, left ^ (_mix(state + right) & low)
         values[todo] = (left << bits) | right
         todo = todo[values[todo] >= length]
     return values.astype(np.int64)
