@@ -21,7 +21,7 @@ from unicl_jax.encoders import (
 from unicl_jax.errors import InputError
 from unicl_jax.losses import NO_LABEL, sharded, unicl_loss_and_aux
 from unicl_jax.optimizer import make_optimizer
-from unicl_jax.step import init_state, make_train_step
+from unicl_jax.step import _only_if, init_state, make_train_step
 
 BATCH, VOCAB = 16, 32
 # SGD, of which one step shows the gradient itself: AdamW turns a gradient of round-off,
@@ -407,3 +407,19 @@ def test_encoding_equal_texts_once_is_encoding_them_all():
     assert_close(got, want, rtol=1e-5, atol=1e-6)
     moved = np.abs(got.params["text"] - state.params["text"]).max()
     assert moved > 1e-2  # so the tolerance above says something
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_a_refused_update_is_a_branch_on_cpus_and_a_selection_elsewhere(platform):
+    def update(x):
+        return x + 1, jnp.float32(2)
+
+    def step(good, x):
+        return _only_if(good, update, x)
+
+    traced = jax.jit(step).trace(True, jnp.zeros(3))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.select" in text) == (platform != "cpu")
+    for good, want in ((True, (1.0, 2.0)), (False, (0.0, 0.0))):
+        x, norm = step(jnp.bool_(good), jnp.zeros(3))
+        assert (float(x[0]), float(norm)) == want
