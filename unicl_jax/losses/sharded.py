@@ -1,10 +1,14 @@
 """The losses over global arrays that are sharded over a mesh."""
 
-import functools
+import inspect
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+
+WHOLE = frozenset({"scales", "offsets", "pair_weights"})
+"""Arguments of losses that are arrays and yet the same for all rows."""
 
 
 def sharded(
@@ -12,19 +16,20 @@ def sharded(
 ) -> Callable:
     """Makes a loss of global arrays from one that takes an `axis_name`.
 
-    Inside `jax.shard_map` each device holds its rows of the batch and gathers what it
-    lacks. Differentiate the mean of the result outside: that gradient is the
-    single-device one, `logit_scale` included, whatever the mesh.
+    Inside `jax.shard_map` each device holds its rows of the batch and gathers, or
+    passes around, what it lacks. Differentiate the mean of the result outside: that
+    gradient is the single-device one, that of logit_scale included, whatever the mesh.
 
     Args:
-      loss_fn: `unicl_loss`, `unicl_loss_and_aux`, or a function of the same signature.
+      loss_fn: a loss of this package, or a function of the like: it takes arrays of
+        [batch, ...], scalars, and `axis_name`.
       mesh: the devices.
       batch_axes: the mesh axes over which the batch is divided.
 
     Returns:
-      `fn(image_embeddings, text_embeddings, labels, logit_scale, *, where=None,
-      weights=None, **options)` of global arrays; its result is [global batch], divided
-      like the input. The batch must be divisible by the number of devices.
+      A function of the same arguments, `axis_name` excepted. Scalars, and arrays named
+      in WHOLE, are the same on all devices; other arrays are divided along their first
+      axis, and so is the result. The batch must be divisible by the number of devices.
 
     Raises:
       ValueError: if the mesh has no such axis.
@@ -35,29 +40,32 @@ def sharded(
             f"batch_axes must be axes of the mesh: got {missing}; the mesh has "
             f"{mesh.axis_names}."
         )
-    rows, whole = PartitionSpec(batch_axes), PartitionSpec()
+    signature = inspect.signature(loss_fn)
 
-    def fn(images, texts, labels, logit_scale, *, where=None, weights=None, **options):
-        optional = {"where": where, "weights": weights}
-        optional = {k: v for k, v in optional.items() if v is not None}
+    def fn(*args, **kwargs):
+        arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments |= arguments.pop(name, {})
+        arrays = {k: x for k, x in arguments.items() if _is_array(x)}
+        options = {k: x for k, x in arguments.items() if k not in arrays}
+        specs = {
+            k: PartitionSpec()
+            if np.ndim(x) == 0 or k in WHOLE
+            else PartitionSpec(batch_axes)
+            for k, x in arrays.items()
+        }
 
-        @functools.partial(
-            jax.shard_map,
-            mesh=mesh,
-            in_specs=(rows, rows, rows, whole, rows),
-            out_specs=rows,
+        def local(arrays):
+            return loss_fn(**arrays, **options, axis_name=batch_axes)
+
+        mapped = jax.shard_map(
+            local, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(batch_axes)
         )
-        def local(images, texts, labels, logit_scale, optional):
-            return loss_fn(
-                images,
-                texts,
-                labels,
-                logit_scale,
-                axis_name=batch_axes,
-                **optional,
-                **options,
-            )
-
-        return local(images, texts, labels, logit_scale, optional)
+        return mapped(arrays)
 
     return fn
+
+
+def _is_array(x):
+    return isinstance(x, jax.Array | np.ndarray | np.generic | float)

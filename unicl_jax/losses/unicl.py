@@ -11,11 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-NO_LABEL = -1
-"""The label of an image-text pair: a positive of itself alone."""
+from unicl_jax.losses import blockwise, dense
+from unicl_jax.losses.checks import check_choice, check_pairs
+from unicl_jax.losses.pairs import NO_LABEL, place
+from unicl_jax.losses.sweep import Plan
 
 DIRECTIONS = ("both", "per_image", "per_text")
-IMPLEMENTATIONS = ("auto", "dense")
+IMPLEMENTATIONS = ("auto", "dense", "blockwise", "ring")
+
+DENSE_UNTIL = 2**26
+"""Logits on a device up to which "auto" is "dense": 256 MiB of float32."""
+
+BLOCK_SIZE = 1024
+"""Rows and columns of a tile unless asked otherwise."""
 
 
 class UniclAux(NamedTuple):
@@ -31,42 +39,6 @@ class UniclAux(NamedTuple):
     num_positives: jax.Array  # n_i
     floor: jax.Array  # log n_i: the least the loss can be, the targets' entropy
     excess: jax.Array  # loss - floor, unweighted: >= 0, comparable between label mixes
-
-
-def positive_mask(
-    row_labels: jax.Array,
-    column_labels: jax.Array,
-    row_ids: jax.Array | None = None,
-    column_ids: jax.Array | None = None,
-) -> jax.Array:
-    """Which pairs are positives: equal labels, or one and the same record.
-
-    positive_ij = (label_i = label_j and label_i is a label) or (id_i = id_j).
-
-    Args:
-      row_labels: [b] or [b, k] integer; a row all of NO_LABEL matches only itself.
-      column_labels: [B] or [B, k] integer; with k lanes all must be equal.
-      row_ids: [b] integer, the records' places in the global batch; default 0..b-1.
-      column_ids: [B] integer; default 0..B-1.
-
-    Returns:
-      [b, B] bool.
-
-    Source: TargetM of Algorithm 1, arXiv 2204.03610. There captions are labelled 0 and
-    get fresh ids; a sentinel plus the global row says the same, with no ids to collide
-    when labels are gathered from several devices.
-    """
-    rows = row_labels.reshape(row_labels.shape[0], -1)
-    columns = column_labels.reshape(column_labels.shape[0], -1)
-    if row_ids is None:
-        row_ids = jnp.arange(rows.shape[0])
-    if column_ids is None:
-        column_ids = jnp.arange(columns.shape[0])
-    same_label = jnp.equal(rows[:, None, :], columns[None, :, :]).all(-1)
-    is_label = (rows != NO_LABEL).any(-1)
-    return (same_label & is_label[:, None]) | jnp.equal(
-        row_ids[:, None], column_ids[None, :]
-    )
 
 
 def unicl_loss(
@@ -103,8 +75,14 @@ def unicl_loss(
       axis_name: the mapped axis (or axes) of `shard_map` or `pmap` whose devices hold
         the other rows; texts and labels are gathered over it. Take gradients of a
         global scalar *outside* `shard_map`; inside, mind `check_vma` (docs/design.md).
-      implementation: "dense" holds [batch, global batch] logits; "auto" picks.
-      block_size: rows to a block, for implementations that work in blocks; None.
+      implementation: "dense" holds [batch, global batch] logits. "blockwise" makes them
+        in tiles, again for the gradient, and holds what grows with the batch, not its
+        square. "ring" does so too, and passes the texts from device to device instead
+        of gathering them. The same numbers to round-off. "auto": dense up to
+        DENSE_UNTIL logits a device, then blockwise. Forward-mode and second
+        derivatives: dense only.
+      block_size: rows and columns of a tile, for blockwise and ring; BLOCK_SIZE if
+        None.
 
     Returns:
       [batch] float32 (float64 when given float64), in nats, >= log n_i unweighted.
@@ -188,29 +166,30 @@ def unicl_loss_and_aux(
     Raises:
       TypeError, ValueError: as for `unicl_loss`.
     """
-    _check(image_embeddings, text_embeddings, labels, logit_scale, where, weights)
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {DIRECTIONS}: got {direction!r}.")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {IMPLEMENTATIONS}: got {implementation!r}."
-        )
-    if block_size is not None:
-        raise ValueError(
-            "block_size must be None: the dense implementation has no blocks; got "
-            f"{block_size}. Leave it out."
-        )
-    per_image, per_text, rlse, clse, n = _dense(
-        image_embeddings, text_embeddings, labels, logit_scale, where, axis_name
+    u, v = image_embeddings, text_embeddings
+    check_pairs(u, v, labels, logit_scale, where, weights)
+    check_choice("direction", direction, DIRECTIONS)
+    check_choice("implementation", implementation, IMPLEMENTATIONS)
+    _check_block_size(block_size, implementation)
+    if where is not None:
+        # Whatever stands in rows left out, NaN too, must not reach a product.
+        u, v = (jnp.where(where[:, None], x, 0) for x in (u, v))
+    rlse, clse, row_positive, column_positive, n = _pair_sums(
+        u, v, logit_scale, labels, where, axis_name, implementation, block_size
+    )
+    divisor = jnp.maximum(n, 1).astype(rlse.dtype)
+    per_image, per_text = (
+        rlse - row_positive / divisor,
+        clse - column_positive / divisor,
     )
     both = {
         "both": (per_image + per_text) / 2,
         "per_image": per_image,
         "per_text": per_text,
     }[direction]
-    floor = jnp.log(jnp.maximum(n, 1)).astype(both.dtype)
+    floor = jnp.log(divisor)
     aux = UniclAux(per_image, per_text, rlse, clse, n, floor, both - floor)
-    keep = jnp.ones(both.shape, bool) if where is None else where.astype(bool)
+    keep = jnp.ones(both.shape, bool) if where is None else where
     aux = jax.tree.map(lambda x: jnp.where(keep, x, 0), aux)
     loss = jnp.where(keep, both, 0)
     if weights is not None:
@@ -222,87 +201,32 @@ def unicl_loss_and_aux(
     return loss, aux
 
 
-def _dense(image_embeddings, text_embeddings, labels, logit_scale, where, axis_name):
-    """Both directions from one [b, B] block of logits; only texts are gathered.
-
-    Each device holds its images against all texts. An image's softmax is then local;
-    a text's is a sum over devices of column sums, scattered back to the text's owner.
-    """
-    b = image_embeddings.shape[0]
-    low = jnp.promote_types(image_embeddings.dtype, text_embeddings.dtype)
-    dtype = jnp.promote_types(low, jnp.float32)
-    u, v = image_embeddings.astype(low), text_embeddings.astype(low)
-    keep = jnp.ones(b, bool) if where is None else where.astype(bool)
-    ids = jnp.arange(b)
-    if axis_name is not None:
-        ids += lax.axis_index(axis_name) * b
-
-    def gather(x):
-        if axis_name is None:
-            return x
-        return lax.all_gather(x, axis_name, tiled=True)
-
-    def total_of_mine(columns):
-        """Sums column values [B] over the devices; each keeps its own [b]."""
-        if axis_name is None:
-            return columns
-        return lax.psum_scatter(columns, axis_name, tiled=True)
-
-    all_v, all_keep = gather(v), gather(keep)
-    # Full products for float32 input: by default it is bfloat16 on TPU, TF32 on GPU.
-    logits = logit_scale * jnp.matmul(
-        u, all_v.T, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
-    )
-    logits = logits.astype(dtype)
-    both_kept = keep[:, None] & all_keep[None, :]
-    positive = positive_mask(labels, gather(labels), ids, gather(ids)) & both_kept
-    masked = jnp.where(both_kept, logits, -jnp.inf)
-    n = jnp.maximum(positive.sum(1), 1)
-
-    rlse = jax.nn.logsumexp(masked, axis=1, where=both_kept)
-    row_positive = jnp.where(positive, logits, 0).sum(1)
-
-    # The shift only guards against overflow: any value gives the same result, so no
-    # gradient goes through it (pmax has none).
-    shift = lax.stop_gradient(masked).max(0)
-    if axis_name is not None:
-        shift = lax.pmax(shift, axis_name)
-    shift = jnp.where(jnp.isfinite(shift), shift, 0)
-    exponentials = jnp.where(both_kept, jnp.exp(logits - shift[None]), 0).sum(0)
-    my_shift = lax.dynamic_slice_in_dim(shift, ids[0], b)
-    clse = my_shift + jnp.log(
-        jnp.where(keep, total_of_mine(exponentials), 1)  # left-out rows: no log(0)
-    )
-    column_positive = total_of_mine(jnp.where(positive, logits, 0).sum(0))
-    return rlse - row_positive / n, clse - column_positive / n, rlse, clse, n
+def _pair_sums(u, v, logit_scale, labels, keep, axis_name, implementation, block_size):
+    """The sums over pairs, by one of the implementations; counts as integers."""
+    b = u.shape[0]
+    low = jnp.promote_types(u.dtype, v.dtype)
+    scale = jnp.asarray(logit_scale, jnp.promote_types(low, jnp.float32))
+    u, v, labels = u.astype(low), v.astype(low), labels.reshape(b, -1)
+    ids = place(b, axis_name)
+    if implementation == "auto":
+        devices = 1 if axis_name is None else lax.axis_size(axis_name)
+        implementation = "dense" if b * b * devices <= DENSE_UNTIL else "blockwise"
+    if implementation == "dense":
+        return dense.pair_sums(u, v, scale, labels, ids, keep, axis_name)
+    plan = Plan(block_size or BLOCK_SIZE, axis_name, implementation == "ring")
+    sums = blockwise.pair_sums(u, v, scale, labels, ids, keep, plan)
+    return sums._replace(num_positives=sums.num_positives.astype(jnp.int32))
 
 
-def _check(image_embeddings, text_embeddings, labels, logit_scale, where, weights):
-    u, v = image_embeddings, text_embeddings
-    if u.ndim != 2 or u.shape != v.shape:
+def _check_block_size(block_size, implementation):
+    if block_size is None:
+        return
+    if implementation in ("auto", "dense"):
         raise ValueError(
-            "image_embeddings and text_embeddings must both be [batch, dim]: got "
-            f"{u.shape} and {v.shape}."
+            'block_size must be None unless implementation is "blockwise" or "ring": '
+            f"got {block_size} for {implementation!r}."
         )
-    for name, x in (("image_embeddings", u), ("text_embeddings", v)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating point: got {x.dtype}.")
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(
-            f"labels must be integers, NO_LABEL = {NO_LABEL} for captions: got "
-            f"{labels.dtype}."
-        )
-    if labels.ndim not in (1, 2) or labels.shape[0] != u.shape[0]:
+    if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(
-            f"labels must be [batch] or [batch, lanes] with batch = {u.shape[0]}: got "
-            f"{labels.shape}."
+            f"block_size must be a positive Python integer or None: got {block_size!r}."
         )
-    if jnp.ndim(logit_scale) != 0:
-        raise ValueError(
-            f"logit_scale must be a scalar: got shape {jnp.shape(logit_scale)}."
-        )
-    for name, x in (("where", where), ("weights", weights)):
-        if x is not None and x.shape != u.shape[:1]:
-            raise ValueError(f"{name} must be [batch] = {u.shape[:1]}: got {x.shape}.")
-    if where is not None and where.dtype != jnp.bool_:
-        raise TypeError(f"where must be bool: got {where.dtype}.")

@@ -1,0 +1,116 @@
+"""The contrastive loss for arbitrary affinities between images and texts."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from unicl_jax.losses.pairs import positive_mask
+
+
+def soft_target_loss(
+    logits: jax.Array,
+    targets: jax.Array,
+    *,
+    where: jax.Array | None = None,
+    direction: str = "both",
+) -> jax.Array:
+    """Cross-entropy of each row and each column against targets >= 0, in nats.
+
+    per_image_i = -sum_j T_ij / (sum_k T_ik) log softmax_j(s_ij)[j]
+    per_text_j  = -sum_i T_ij / (sum_k T_kj) log softmax_i(s_ij)[i]
+    loss_i = (per_image_i + per_text_i) / 2; the mean over the rows is the loss.
+
+    With the 0-1 targets of equal labels this is `unicl_loss`. Targets need not be
+    symmetric, hence the two divisors: mixed images against unmixed texts, Jaccard
+    overlap of label sets, teachers' similarities.
+
+    Args:
+      logits: [batch, batch] float: images by texts, scale included.
+      targets: [batch, batch] float >= 0, in any unit; a row or column without any
+        target has a loss of 0.
+      where: [batch] bool; rows left out leave rows and columns, and give 0.
+      direction: "both", "per_image" or "per_text".
+
+    Returns:
+      [batch] float32 (float64 when given float64), in nats.
+
+    Raises:
+      TypeError, ValueError: at trace time, if shapes, dtypes or choices don't fit.
+
+    Source: SoftCE of Algorithm 1, arXiv 2204.03610, with a divisor for each direction.
+    """
+    if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
+        raise ValueError(f"logits must be [batch, batch]: got {logits.shape}.")
+    if targets.shape != logits.shape:
+        raise ValueError(
+            f"targets must be shaped like logits, {logits.shape}: got {targets.shape}."
+        )
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"logits must be floating point: got {logits.dtype}.")
+    if where is not None and (where.shape != logits.shape[:1] or where.dtype != bool):
+        raise ValueError(
+            f"where must be bool {logits.shape[:1]}: got {where.dtype} {where.shape}."
+        )
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    logits, targets = logits.astype(dtype), targets.astype(dtype)
+    kept = None
+    if where is not None:
+        kept = where[:, None] & where[None]
+        logits, targets = jnp.where(kept, logits, 0), jnp.where(kept, targets, 0)
+
+    def along(axis):
+        normalizer = jax.nn.logsumexp(logits, axis=axis, where=kept)
+        total = targets.sum(axis)
+        at_targets = (targets * logits).sum(axis) / jnp.where(total == 0, 1, total)
+        return jnp.where(total == 0, 0, normalizer - at_targets)
+
+    choices = {
+        "both": lambda: (along(1) + along(0)) / 2,
+        "per_image": lambda: along(1),
+        "per_text": lambda: along(0),
+    }
+    if direction not in choices:
+        raise ValueError(
+            f"direction must be one of {tuple(choices)}: got {direction!r}."
+        )
+    return choices[direction]()
+
+
+def mixed_targets(labels: jax.Array, partner: jax.Array, share: jax.Array) -> jax.Array:
+    """Targets of images mixed by MixUp or CutMix, against texts that stay unmixed.
+
+    T_ij = share_i M_ij + (1 - share_i) M_{partner_i j}, M the positives of the batch.
+
+    Args:
+      labels: [batch] or [batch, k] integer, NO_LABEL for captions.
+      partner: [batch] integer: which record was mixed into image i.
+      share: [batch] or scalar float in [0, 1]: what is left of image i itself.
+
+    Returns:
+      [batch, batch] float32, images by texts.
+    """
+    positive = positive_mask(labels, labels).astype(jnp.float32)
+    share = jnp.broadcast_to(jnp.asarray(share, jnp.float32), partner.shape)[:, None]
+    return share * positive + (1 - share) * jnp.take(positive, partner, axis=0)
+
+
+def pair_logits(
+    image_embeddings: jax.Array, text_embeddings: jax.Array, logit_scale: jax.Array
+) -> jax.Array:
+    """s_ij = s <u_i, v_j>, [batch, batch], in full float32 products.
+
+    Args:
+      image_embeddings: [batch, dim] float, unit L2 norm.
+      text_embeddings: [batch, dim] float, unit L2 norm.
+      logit_scale: scalar.
+
+    Returns:
+      [batch, batch] float32 (float64 when given float64).
+    """
+    dtype = jnp.promote_types(image_embeddings.dtype, jnp.float32)
+    return logit_scale * jnp.matmul(
+        image_embeddings,
+        text_embeddings.T,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+    )
