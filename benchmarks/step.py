@@ -11,31 +11,27 @@ asked sleeps. `benchmarks/README.md` says what each row of the table means.
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import math
-import multiprocessing
 import os
 import re
-import resource
 import runpy
 import statistics
 import sys
 import tempfile
-import time
-import traceback
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.step_report import BUSY, RESULTS, markdown, text_table
+from benchmarks import harness
+from benchmarks.harness import Worker, say
+from benchmarks.step_report import RESULTS, markdown, text_table
 from unicl_jax.host_memory import restart_with_huge_pages
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("transfer", "forward", "gradient", "step")
 MIN_SAMPLE_SECONDS = 0.1  # a sample is as many calls as it takes to last that long
-TRAINER_SECONDS, TRAINER_RUNS = 12, 5
-START = time.perf_counter()
+TRAINER_SECONDS, TRAINER_RUNS = 15, 3
 
 
 # Recipes: a config of the project, and what has to change to run it here.
@@ -91,58 +87,6 @@ def _word(rng):
     return "".join(rng.choice(list("abcdefghijklmnoprstuvw"), rng.integers(3, 9)))
 
 
-# Workers: one process each, asked over a pipe.
-
-
-class Worker:
-    """An object in a process of its own; `ask` calls its methods."""
-
-    def __init__(self, make, *args):
-        """Starts the process, which runs `make(*args)`."""
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, make, args), daemon=True
-        )
-        self._process.start()
-        theirs.close()
-        self._receive()
-
-    def ask(self, method, *args):
-        """The result of a method of the object, or of a function in `_HERE`."""
-        self._pipe.send((method, args))
-        return self._receive()
-
-    def close(self):
-        """Ends the process."""
-        self._pipe.close()
-        self._process.join()
-
-    def _receive(self):
-        good, value = self._pipe.recv()
-        if not good:
-            raise RuntimeError(f"a worker failed:\n{value}")
-        return value
-
-
-def _serve(pipe, make, args):
-    served = None
-    while True:
-        try:
-            if served is None:
-                served, value = make(*args), None
-            else:
-                method, args = pipe.recv()
-                value = _HERE.get(method) or getattr(served, method)
-                value = value(*args)
-            pipe.send((True, value))
-        except EOFError:
-            return
-        except Exception:
-            pipe.send((False, traceback.format_exc()))
-            return
-
-
 def _ours(config):
     from benchmarks.step_jax import Ours
 
@@ -161,29 +105,6 @@ def _peer(*args):
     return Peer(*args)
 
 
-def _rss_peak():
-    """Most resident bytes of this process since `_reset_rss_peak`, or ever."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
-    except (OSError, TypeError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _reset_rss_peak():
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux: the peak is then that of the whole process
-        return False
-    return True
-
-
-_HERE = {
-    "rss_peak": _rss_peak,
-    "reset_peak": _reset_rss_peak,
-    "cpu_seconds": time.process_time,
-}
-
 # Measuring.
 
 
@@ -199,16 +120,14 @@ def measure(options):
 
 def _measure(options, config, folder):
     plain = config.to_dict()
-    load = _load()
-    if load > BUSY * len(os.sched_getaffinity(0)):
-        _say(f"others use this machine (load {load:.1f}): don't trust the figures")
-    _say("compiling")
+    machine = harness.machine()
+    say("compiling")
     ours = Worker(_ours, plain)
     about = ours.ask("describe")
     compiled = ours.ask("compile_step")
-    _say("first steps")
+    say("first steps")
     memory = _memory_of_steps(ours)
-    _say("compiling the parts")
+    say("compiling the parts")
     ours.ask("compile_parts")
     workers, results = {"ours": ours}, {"ours": {"compile": compiled}}
     results["ours"]["memory"] = memory
@@ -217,7 +136,7 @@ def _measure(options, config, folder):
         worker, found = _best_peer(options, plain, batches, mode, ours)
         workers[mode], results[mode] = worker, found
 
-    _say("timing")
+    say("timing")
     calls = {
         name: {part: _calls(worker, part) for part in PARTS}
         for name, worker in workers.items()
@@ -260,21 +179,18 @@ def _measure(options, config, folder):
             "max": max(ratios),
         }
 
+    ours.close()
     trainer = None
     if not options.no_trainer:
-        trainer = _trainer_against_step(config, ours, calls["ours"]["step"], folder)
-    ours.close()
+        alone = results["ours"]["seconds"]["step"]["median"]
+        trainer = _trainer_against_step(config, alone, folder)
     return {
         "recipe": options.recipe,
         "date": datetime.date.today().isoformat(),
-        "command": _command(),
-        "machine": {
-            "cpu": _cpu(),
-            "cores": len(os.sched_getaffinity(0)),
-            "load_before": load,
-            **{k: about[k] for k in ("backend", "device_kind", "devices")},
-        },
-        "versions": _versions(),
+        "command": harness.command("benchmarks.step"),
+        "machine": machine
+        | {k: about[k] for k in ("backend", "device_kind", "devices")},
+        "versions": harness.versions(),
         "batch_size": config.batch_size,
         "dtype": config.model.dtype,
         "image_size": config.model.image.image_size,
@@ -309,7 +225,7 @@ def _best_peer(options, config, batches, mode, ours):
     """The fastest of the peer's models; the others' times are kept beside it."""
     workers, found, seconds, same = {}, {}, {}, None
     for model in options.peer_model:
-        _say(f"PyTorch, {mode}, {model}")
+        say(f"PyTorch, {mode}, {model}")
         worker = Worker(_peer, config, batches, model, mode, options.compile_mode)
         workers[model], seconds[model] = worker, []
         found[model] = {"model": model, **worker.ask("describe")}
@@ -348,9 +264,8 @@ def _split(seconds):
     }
 
 
-def _trainer_against_step(config, ours, calls, folder):
+def _trainer_against_step(config, alone, folder):
     """Seconds a step of the real trainer, and of its compiled step alone, in turn."""
-    alone = ours.ask("time", "step", calls)
     steps = max(9, min(2000, int(TRAINER_SECONDS / alone)))
     every = max(2, min(config.log_every_steps, steps // 4))
     config.total_steps = steps // every * every
@@ -358,15 +273,15 @@ def _trainer_against_step(config, ours, calls, folder):
     config.optimizer.warmup_steps = min(
         config.optimizer.warmup_steps, config.total_steps - 1
     )
-    many = max(calls, every)
     runs = []
     for run in range(TRAINER_RUNS + 1):
-        _say(f"trainer, run {run} of {TRAINER_RUNS}")
+        say(f"trainer, run {run} of {TRAINER_RUNS}")
         worker = Worker(_trainer, config.to_dict(), f"{folder}/cache")
-        before = ours.ask("time", "step", many)
+        # In one process: another one's memory may be faster or slower by a half.
+        before = worker.ask("alone", every)
         laps = worker.ask("run", f"{folder}/run{run}")
+        after = worker.ask("alone", every)
         worker.close()
-        after = ours.ask("time", "step", many)
         if run == 0:
             continue  # it filled the cache of compiled steps
         seconds = statistics.median(lap for lap, _ in laps)
@@ -384,58 +299,6 @@ def _trainer_against_step(config, ours, calls, folder):
         "overhead": statistics.median(run["overhead"] for run in runs),
         "runs": runs,
     }
-
-
-# Where it was measured.
-
-
-def _cpu():
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-        return re.search(r"model name\s*: (.*)", info)[1].strip()
-    except (OSError, TypeError):
-        import platform
-
-        return platform.processor() or platform.machine()
-
-
-def _load(seconds=2.0):
-    """How many cores others keep busy, seen over a while in which we sleep."""
-
-    def used():
-        try:  # user, nice, system; then idle, iowait; irq, softirq, steal
-            times = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
-            return sum(map(int, times)) - sum(map(int, times[3:5]))
-        except (OSError, ValueError):
-            return None
-
-    start = used()
-    if start is None:  # not Linux
-        return os.getloadavg()[0]
-    time.sleep(seconds)
-    return (used() - start) / os.sysconf("SC_CLK_TCK") / seconds
-
-
-def _versions():
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in ("jax", "flax", "optax", "torch", "transformers"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
-def _command():
-    """The command line, without the folders of this machine."""
-    arguments = [
-        re.sub(r"=/.*/", "=", argument) for argument in sys.argv[1:] if argument
-    ]
-    return " ".join(["python -m benchmarks.step", *arguments])
-
-
-def _say(what):
-    print(f"{time.perf_counter() - START:4.0f} s  {what}", file=sys.stderr, flush=True)
 
 
 def _several(choices):

@@ -4,8 +4,9 @@ import json
 import statistics
 from pathlib import Path
 
+from benchmarks.harness import shared_with_others
+
 RESULTS = Path(__file__).parent / "results"
-BUSY = 0.25  # load for each core above which others are at work, too
 MIB = 2**20
 
 
@@ -77,7 +78,7 @@ def title(found):
     device += "s" * (machine["cores"] > 1)
     if machine["backend"] != "cpu":
         device = f"{machine['devices']} x {machine['device_kind']}"
-    busy = machine["load_before"] > BUSY * machine["cores"]
+    busy = shared_with_others(machine)
     return (
         f"{found['recipe']}: {found['image_size']} px, batch {found['batch_size']}, "
         f"{found['text_rows']} texts of {found['text_slots']}, {found['dtype']}; "

@@ -89,7 +89,8 @@ def mp_nce_loss(
     cosines = jnp.matmul(
         z, all_z.T, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
     )
-    logits = scales.astype(dtype)[pair] * (cosines - offsets.astype(dtype)[pair])
+    scales, offsets = jnp.asarray(scales, dtype), jnp.asarray(offsets, dtype)
+    logits = scales[pair] * (cosines - offsets[pair])
     same = positive_mask(labels, all_labels, ids, all_ids)
     kept = keep[:, None] & all_keep[None]
     positive = same & kept & ~jnp.equal(ids[:, None], all_ids[None])
@@ -100,7 +101,7 @@ def mp_nce_loss(
     )
     losses = jax.nn.softplus(log_negatives[:, None] - logits)
     if pair_weights is not None:
-        losses *= pair_weights.astype(dtype)[pair]
+        losses *= jnp.asarray(pair_weights, dtype)[pair]
     total, count = jnp.where(positive, losses, 0).sum(1), positive.sum(1)
     if average == "anchor":
         return total / jnp.maximum(count, 1)

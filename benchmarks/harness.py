@@ -1,0 +1,152 @@
+"""What the benchmarks share: workers in processes of their own, and the machine."""
+
+import importlib.metadata
+import multiprocessing
+import os
+import re
+import resource
+import sys
+import time
+import traceback
+from pathlib import Path
+
+BUSY = 0.25  # load for each core above which others are at work, too
+START = time.perf_counter()
+
+
+class Worker:
+    """An object in a process of its own; `ask` calls its methods."""
+
+    def __init__(self, make, *args):
+        """Starts the process, which runs `make(*args)`."""
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, make, args), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._receive()
+
+    def ask(self, method, *args):
+        """The result of a method of the object, or of a function in `_HERE`."""
+        self._pipe.send((method, args))
+        return self._receive()
+
+    def close(self):
+        """Ends the process."""
+        self._pipe.close()
+        self._process.join()
+
+    def _receive(self):
+        good, value = self._pipe.recv()
+        if not good:
+            raise RuntimeError(f"a worker failed:\n{value}")
+        return value
+
+
+def _serve(pipe, make, args):
+    served = None
+    while True:
+        try:
+            if served is None:
+                served, value = make(*args), None
+            else:
+                method, args = pipe.recv()
+                value = _HERE.get(method) or getattr(served, method)
+                value = value(*args)
+            pipe.send((True, value))
+        except EOFError:
+            return
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+            return
+
+
+def _rss_peak():
+    """Most resident bytes of this process since `_reset_rss_peak`, or ever."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    except (OSError, TypeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _reset_rss_peak():
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux: the peak is then that of the whole process
+        return False
+    return True
+
+
+_HERE = {
+    "rss_peak": _rss_peak,
+    "reset_peak": _reset_rss_peak,
+    "cpu_seconds": time.process_time,
+}
+
+
+def machine(**more):
+    """What it was measured on; warns where others are at work."""
+    cores, busy = len(os.sched_getaffinity(0)), load()
+    if busy > BUSY * cores:
+        say(f"others keep {busy:.1f} cores busy: don't trust the figures")
+    return {"cpu": cpu_name(), "cores": cores, "load_before": busy, **more}
+
+
+def shared_with_others(machine):
+    """Whether so much else ran that figures mean little."""
+    return machine["load_before"] > BUSY * machine["cores"]
+
+
+def cpu_name():
+    """What the processor calls itself."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+        return re.search(r"model name\s*: (.*)", info)[1].strip()
+    except (OSError, TypeError):
+        import platform
+
+        return platform.processor() or platform.machine()
+
+
+def load(seconds=2.0):
+    """How many cores others keep busy, seen over a while in which we sleep."""
+
+    def used():
+        try:  # user, nice, system; then idle, iowait; irq, softirq, steal
+            times = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+            return sum(map(int, times)) - sum(map(int, times[3:5]))
+        except (OSError, ValueError):
+            return None
+
+    start = used()
+    if start is None:  # not Linux
+        return os.getloadavg()[0]
+    time.sleep(seconds)
+    return (used() - start) / os.sysconf("SC_CLK_TCK") / seconds
+
+
+def versions():
+    """Of Python and the libraries compared."""
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in ("jax", "flax", "optax", "torch", "transformers", "open_clip_torch"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def command(module):
+    """The command line, without the folders of this machine."""
+    arguments = [
+        re.sub(r"=/.*/", "=", argument) for argument in sys.argv[1:] if argument
+    ]
+    return " ".join([f"python -m {module}", *arguments])
+
+
+def say(what):
+    """A line to the terminal with the seconds since the start."""
+    print(f"{time.perf_counter() - START:4.0f} s  {what}", file=sys.stderr, flush=True)
