@@ -171,37 +171,38 @@ def parameter_gradients(loss_of):
     return params, (x, t, SPANNING), want
 
 
-def tower_loss(params, x, t, labels, axis_name=None):
+def tower_loss(params, x, t, labels, **options):
     """A pair of linear towers and the loss: what users differentiate."""
     u, v = x @ params["image"], t @ params["text"]
     u, v = (y / jnp.linalg.norm(y, axis=1, keepdims=True) for y in (u, v))
     scale = jnp.exp(params["theta"])
-    return unicl_loss(u, v, labels, scale, axis_name=axis_name).mean()
+    return unicl_loss(u, v, labels, scale, **options).mean()
 
 
 def pmean(x):
     return jax.lax.pmean(x, "data")
 
 
-def varying_parameters(params, *batch):
+def varying_parameters(loss, params, *batch):
     """The gradient of each device's own mean, then the mean of gradients."""
     params = jax.lax.pcast(params, "data", to="varying")
-    return pmean(jax.grad(tower_loss)(params, *batch, axis_name="data"))
+    return pmean(jax.grad(loss)(params, *batch))
 
 
-def mean_loss_only(params, *batch):
+def mean_loss_only(loss, params, *batch):
     """Under check_vma, copied parameters have their gradients summed already."""
-    return jax.grad(lambda p: pmean(tower_loss(p, *batch, axis_name="data")))(params)
+    return jax.grad(lambda p: pmean(loss(p, *batch)))(params)
 
 
-def mean_of_gradients(params, *batch):
-    return pmean(jax.grad(tower_loss)(params, *batch, axis_name="data"))
+def mean_of_gradients(loss, params, *batch):
+    return pmean(jax.grad(loss)(params, *batch))
 
 
-def both_means(params, *batch):
-    return pmean(mean_loss_only(params, *batch))
+def both_means(loss, params, *batch):
+    return pmean(mean_loss_only(loss, params, *batch))
 
 
+@pytest.mark.parametrize("implementation", ["dense", "blockwise", "ring"])
 @pytest.mark.parametrize(
     ("recipe", "check_vma"),
     [
@@ -212,12 +213,15 @@ def both_means(params, *batch):
     ],
 )
 def test_gradients_taken_inside_a_users_shard_map_are_single(
-    recipe, check_vma, make_mesh, x64
+    recipe, check_vma, implementation, make_mesh, x64
 ):
     params, batch, want = parameter_gradients(tower_loss)
     p = PartitionSpec
+    loss = functools.partial(
+        tower_loss, axis_name="data", implementation=implementation
+    )
     inside = jax.shard_map(
-        recipe,
+        functools.partial(recipe, loss),
         mesh=make_mesh(8),
         in_specs=(p(), p("data"), p("data"), p("data")),
         out_specs=p(),
@@ -226,9 +230,14 @@ def test_gradients_taken_inside_a_users_shard_map_are_single(
     assert_close(jax.jit(inside)(params, *batch), want)
 
 
-def test_gradients_taken_inside_pmap_are_single(x64):
+@pytest.mark.parametrize("implementation", ["dense", "blockwise", "ring"])
+def test_gradients_taken_inside_pmap_are_single(implementation, x64):
     params, batch, want = parameter_gradients(tower_loss)
-    step = jax.pmap(mean_of_gradients, "data", in_axes=(None, 0, 0, 0))
+    loss = functools.partial(
+        tower_loss, axis_name="data", implementation=implementation
+    )
+    step = functools.partial(mean_of_gradients, loss)
+    step = jax.pmap(step, "data", in_axes=(None, 0, 0, 0))
     got = step(params, *(x.reshape(8, 2, *x.shape[1:]) for x in batch))
     for device in range(8):
         assert_close(jax.tree.map(lambda x, d=device: np.asarray(x)[d], got), want)
