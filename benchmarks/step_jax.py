@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from unicl_jax import data, encoders, losses, sharding
 from unicl_jax.augment import make_augment, normalize
 from unicl_jax.encoders.weights import from_unicl
+from unicl_jax.objectives import make_objective
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
 
@@ -48,22 +49,22 @@ class Ours:
         self._model = encoders.from_config(config.model)
         self._optimizer, schedule = make_optimizer(config.optimizer, config.total_steps)
         self._loss = losses.sharded(losses.unicl_loss_and_aux, self._mesh)
+        objective = make_objective(config.objective, self._model, self._mesh)
         self._augment = make_augment(config.augment)
         self._seed = config.seed
         whole = sharding.replicated(self._mesh)
         rows = sharding.over_batch(self._mesh)
         self._state = jax.jit(
-            lambda: init_state(self._model, self._optimizer, self._seed),
+            lambda: init_state(self._model, objective, self._optimizer, self._seed),
             out_shardings=whole,
         )()
         self._step = jax.jit(
             make_train_step(
                 self._model,
-                self._loss,
+                objective,
                 self._optimizer,
                 schedule,
                 self._augment,
-                objective=config.objective,
                 seed=self._seed,
             ),
             in_shardings=(whole, rows, None),

@@ -350,7 +350,7 @@ def test_a_damaged_config_json_is_refused_by_name(tmp_path, text):
 
 # --- The recipes.
 
-RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.py"))
 
 
 def get_config(path):
@@ -367,7 +367,7 @@ def variants_of(path):
     with patch.context() as patched:
         patched.setattr(config_lib, "check_variant", lambda v, menu: menus.append(menu))
         get_config(path)()
-    assert len(menus) == 1, f"{path.name} must check its variant once"
+    assert menus, f"{path.name} must check its variant"  # a baseline's base does, too
     return list(menus[0])
 
 

@@ -19,7 +19,8 @@ from unicl_jax.encoders import (
     unit,
 )
 from unicl_jax.errors import InputError
-from unicl_jax.losses import NO_LABEL, sharded, unicl_loss_and_aux
+from unicl_jax.losses import NO_LABEL, unicl_loss
+from unicl_jax.objectives import Objective, make_objective
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import _only_if, init_state, make_train_step
 
@@ -102,14 +103,16 @@ def model(image):
     return make_two_tower(tower, text, embed_dim=16)
 
 
-def setup(image="linear", loss=unicl_loss_and_aux, augment=STILL, **options):
+def setup(image="linear", objective="unicl", augment=STILL, mesh=None, **options):
     """The step, not yet compiled, and a function to make its first state."""
+    if isinstance(objective, str):
+        objective = make_objective(objective, model(image), mesh, num_concepts=4)
     changes = {k: options.pop(k) for k in [*options] if k in OPTIMIZER}
     optimizer, schedule = make_optimizer(OPTIMIZER | changes, 1000)
     step = make_train_step(
-        model(image), loss, optimizer, schedule, make_augment(augment), **options
+        model(image), objective, optimizer, schedule, make_augment(augment), **options
     )
-    start = functools.partial(init_state, model(image), optimizer)
+    start = functools.partial(init_state, model(image), objective, optimizer)
     return step, lambda: jax.jit(start, static_argnums=0)(0)
 
 
@@ -216,11 +219,7 @@ def test_eight_devices_train_as_one(image, make_mesh):
     place = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
     one, begin = compiled(image)
-    eight, _ = setup(
-        image,
-        sharded(unicl_loss_and_aux, mesh),
-        AUGMENTS[image],
-    )
+    eight, _ = setup(image, augment=AUGMENTS[image], mesh=mesh)
     steps = [one, jax.jit(eight, out_shardings=(whole, whole))]
     states = [begin, jax.device_put(begin, whole)]
     for i in range(3):
@@ -321,11 +320,12 @@ def test_a_nan_that_the_loss_does_not_show_changes_nothing_and_is_reported(guard
     ids=["gradient", "loss"],
 )
 def test_loss_and_gradient_must_both_be_finite(addend, bad):
-    def broken(u, v, labels, scale):
-        loss, aux = unicl_loss_and_aux(u, v, labels, scale)
-        return loss + addend(u), aux
+    def broken(forward):
+        u, v = forward.image(), forward.text()
+        loss = unicl_loss(u, v, forward.labels, forward.logit_scale())
+        return loss + addend(u), {}
 
-    train_step, init = setup(loss=broken)
+    train_step, init = setup(objective=Objective(broken))
     state = arrays(init())
     after, metrics = jax.jit(train_step)(state, make_batch(), STEP)
     assert_same_bits(after, state)

@@ -1,6 +1,7 @@
 """What a recipe can say, and every check of it before a device or a file is touched."""
 
 import json
+import runpy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def default() -> ConfigDict:
     """
     c = ConfigDict()
     c.seed = 0  # of parameters, order, prompts, crops and drop path
-    c.objective = "unicl"  # or "clip": every row its own class
+    c.objective = "unicl"  # a name in objectives.OBJECTIVES
     c.batch_size = 4096  # global; divisible by the number of devices
     c.total_steps = placeholder(int)
 
@@ -90,6 +91,37 @@ def check_variant(variant: str, variants: Iterable[str]) -> None:
         raise InputError(
             f'the recipe has no variant "{variant}"; {did_you_mean(variant, variants)}'
         )
+
+
+def base_recipe(file: str, variant: str, labels_only: bool = False) -> ConfigDict:
+    """What a recipe in `configs/baselines/` starts from: another recipe's config.
+
+    Args:
+      file: of the baseline.
+      variant: "" for the quick start; "paper" for `configs/swin_tiny.py`.
+      labels_only: without captions, and without evaluations of names that are no class.
+
+    Returns:
+      The config, unlocked.
+
+    Raises:
+      InputError: if there is no such variant.
+    """
+    check_variant(variant, ("paper",))
+    name = "swin_tiny.py" if variant else "quickstart.py"
+    recipe = runpy.run_path(str(Path(file).parents[1] / name))["get_config"]
+    if not labels_only:
+        return recipe()
+    if variant:
+        config = recipe()
+        for source, fields in list(config.data.sources.items()):
+            if fields.kind != "image_label":
+                del config.data.sources[source]
+        config.data.mixture = "proportional"
+        return config
+    config = recipe("labels")
+    del config.evaluations["twemoji_names"]
+    return config
 
 
 def validate(config: ConfigDict, num_devices: int, num_processes: int = 1) -> None:

@@ -162,11 +162,12 @@ class ConsoleProgress:
 
         Args:
           step: updates made.
-          scalars: `loss`, `excess`, `images_per_second` and `step_seconds`.
+          scalars: `loss`, `images_per_second`, `step_seconds`; `excess` if it is there.
         """
         left = clock((self._total - step) * scalars["step_seconds"])
+        excess = f"excess {scalars['excess']:.3f}  " if "excess" in scalars else ""
         text = (
-            f"loss {scalars['loss']:.3f}  excess {scalars['excess']:.3f}  "
+            f"loss {scalars['loss']:.3f}  {excess}"
             f"{scalars['images_per_second']:,.0f} images/s  ETA {left}"
         )
         if self._live:

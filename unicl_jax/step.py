@@ -8,14 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from unicl_jax.encoders import TwoTower
-from unicl_jax.errors import choose
 from unicl_jax.losses import NO_LABEL
-
-# What a step minimises, as what becomes of the labels: CLIP is UniCL on captions alone.
-OBJECTIVES = {
-    "unicl": lambda labels: labels,
-    "clip": lambda labels: jnp.full_like(labels, NO_LABEL),
-}
+from unicl_jax.objectives import Forward, Objective
 
 
 class TrainState(NamedTuple):
@@ -28,41 +22,47 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    model: TwoTower, optimizer: optax.GradientTransformation, seed: int
+    model: TwoTower,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    seed: int,
 ) -> TrainState:
     """The state before the first step; pure, to be run under `jit`.
 
     Args:
       model: the two towers.
+      objective: whose own parameters, if it has some, join the towers'.
       optimizer: whose state it holds.
       seed: of the initial parameters.
 
     Returns:
       The state, at step 0.
     """
-    params, model_state = model.init(jax.random.key(seed))
+    key = jax.random.key(seed)
+    params, model_state = model.init(key)
+    if objective.init is not None:
+        own = objective.init(jax.random.fold_in(key, 1), params)
+        params = {**params, "objective": own}
     return TrainState(jnp.int32(0), params, model_state, optimizer.init(params))
 
 
 def make_train_step(
     model: TwoTower,
-    loss_and_aux: Callable,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     augment: Callable,
     *,
-    objective: str = "unicl",
     seed: int = 0,
 ) -> Callable:
     """Builds the train step: augment, embed, compare, update.
 
     Args:
       model: the two towers.
-      loss_and_aux: `unicl_loss_and_aux`, or `losses.sharded` of it over a mesh.
+      objective: what is minimised, over the mesh that the step runs on.
       optimizer: the update rule.
       schedule: its learning rate, to be reported.
       augment: (key, uint8 images) -> float images, normalised.
-      objective: a name in OBJECTIVES.
       seed: of the augmentation and drop path; the step number is folded in.
 
     Returns:
@@ -74,31 +74,18 @@ def make_train_step(
       the state stays as it was. A run that met NaN therefore still holds its last good
       state, however many steps were dispatched before the host saw it. `metrics` are
       float32 scalars.
-
-    Raises:
-      InputError: if there is no such objective.
     """
-    relabel = choose(OBJECTIVES, objective, "objective")
 
     def train_step(state, batch, step):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
-        labels = relabel(batch["label"])
 
         def loss_fn(params):
-            images = augment(keys[0], batch["image"])
-            u, model_state = model.encode_image(
-                params, state.model_state, images, train=True, key=keys[1]
-            )
-            v, model_state = model.encode_text(
-                params, model_state, batch["tokens"], train=True, key=keys[2]
-            )
-            if "text_index" in batch:
-                v = v[batch["text_index"]]
-            loss, aux = loss_and_aux(u, v, labels, model.logit_scale(params))
-            return loss.mean(), (aux, model_state)
+            forward = Forward(model, params, state.model_state, batch, augment, keys)
+            losses, metrics = objective.loss(forward)
+            return losses.mean(), (metrics, forward.state)
 
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (aux, model_state)), grads = value_and_grad(state.params)
+        (loss, (metrics, model_state)), grads = value_and_grad(state.params)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.step == step)
 
@@ -108,12 +95,8 @@ def make_train_step(
             norm = optax.tree.norm(updates)
             return TrainState(state.step + 1, params, model_state, opt_state), norm
 
-        metrics = {
+        metrics |= {
             "loss": loss,
-            "excess": aux.excess.mean(),
-            "per_image": aux.per_image.mean(),
-            "per_text": aux.per_text.mean(),
-            "positives_per_row": aux.num_positives.mean(),
             "label_share": (batch["label"] != NO_LABEL).mean(),
             "logit_scale": model.logit_scale(state.params),
             "learning_rate": schedule(state.step),

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from unicl_jax import config as config_lib
-from unicl_jax import data, encoders, evaluation, losses, sharding
+from unicl_jax import data, encoders, evaluation, objectives, sharding
 from unicl_jax.analysis import end_of_run
 from unicl_jax.augment import make_augment
 from unicl_jax.checkpoint import Checkpoints
@@ -51,6 +51,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     # 1. All that can be wrong with the config, before anything costs time.
     is_first = jax.process_index() == 0
     config_lib.validate(config, jax.device_count(), jax.process_count())
+    kinds = [source.kind for source in config.data.sources.values()]
+    objectives.check(config.objective, kinds)
     model = encoders.from_config(config.model)
     optimizer, schedule = make_optimizer(config.optimizer, config.total_steps)
     workdir = config_lib.prepare_workdir(workdir, config, write=is_first)
@@ -71,7 +73,13 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         process_count=jax.process_count(),
         local_devices=jax.local_device_count(),
     )
-    compiled_encoders = evaluation.make_encoders(model, mesh)
+    concepts = batches.concepts.names
+    objective = objectives.make_objective(
+        config.objective, model, mesh, num_concepts=len(concepts)
+    )
+    compiled_encoders = evaluation.make_encoders(
+        model, mesh, objective.classifier, concepts
+    )
     tasks = [
         evaluation.ZeroShotTask(
             name,
@@ -88,11 +96,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     train_step = jax.jit(
         make_train_step(
             model,
-            losses.sharded(losses.unicl_loss_and_aux, mesh),
+            objective,
             optimizer,
             schedule,
             make_augment(config.augment),
-            objective=config.objective,
             seed=config.seed,
         ),
         in_shardings=(whole, rows, None),
@@ -102,7 +109,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     # 4. State: made on the devices it lives on, or read from the newest checkpoint.
     make_state = jax.jit(
-        lambda: init_state(model, optimizer, config.seed), out_shardings=whole
+        lambda: init_state(model, objective, optimizer, config.seed),
+        out_shardings=whole,
     )
     state = make_state()
     checkpoints = Checkpoints(workdir, config.checkpoints_kept)

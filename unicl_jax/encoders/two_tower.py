@@ -17,14 +17,19 @@ class TwoTower(NamedTuple):
     encode_image(params, state, images, *, train=False, key=None) -> (emb, state)
     encode_text(params, state, tokens, *, train=False, key=None) -> (emb, state)
     logit_scale(params) -> scalar multiplier s
+    image_features(params, state, images, *, train=False, key=None) -> (feats, state)
+    project_image(params, feats) -> emb: encode_image is image_features, then this
 
-    Embeddings are [batch, embed_dim] float32 of unit L2 norm.
+    Embeddings are [batch, embed_dim] float32 of unit L2 norm; features [batch, width]
+    are the image tower's own, before the projection.
     """
 
     init: Callable[[jax.Array], tuple[Any, Any]]
     encode_image: Callable[..., tuple[jax.Array, Any]]
     encode_text: Callable[..., tuple[jax.Array, Any]]
     logit_scale: Callable[[Mapping], jax.Array]
+    image_features: Callable[..., tuple[jax.Array, Any]] | None = None
+    project_image: Callable[..., jax.Array] | None = None
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -82,18 +87,31 @@ def make_two_tower(
         }
         return params, {"image": image_state, "text": text_state}
 
-    def encode(which, tower):
-        def encode_one(params, state, inputs, *, train=False, key=None):
-            features, new = tower.apply(
+    def run(which, tower):
+        def features(params, state, inputs, *, train=False, key=None):
+            out, new = tower.apply(
                 params[which], state[which], inputs, train=train, key=key
             )
+            return out, {**state, which: new}
+
+        return features
+
+    def project(which):
+        def projected(params, features):
             # The projection and what follows are a sliver of the work: in float32.
             embeddings = jnp.matmul(
                 features,
                 params[f"{which}_projection"],
                 precision=lax.Precision.HIGHEST,
             )
-            return unit(embeddings), {**state, which: new}
+            return unit(embeddings)
+
+        return projected
+
+    def encode(features, project):
+        def encode_one(params, state, inputs, *, train=False, key=None):
+            out, state = features(params, state, inputs, train=train, key=key)
+            return project(params, out), state
 
         return encode_one
 
@@ -103,4 +121,12 @@ def make_two_tower(
             theta = jnp.minimum(theta, logit_scale_max)
         return jnp.exp(theta)
 
-    return TwoTower(init, encode("image", image), encode("text", text), logit_scale)
+    image_features, project_image = run("image", image), project("image")
+    return TwoTower(
+        init,
+        encode(image_features, project_image),
+        encode(run("text", text), project("text")),
+        logit_scale,
+        image_features,
+        project_image,
+    )

@@ -11,9 +11,11 @@ from jax.sharding import Mesh
 
 from unicl_jax import sharding
 from unicl_jax.augment import normalize
-from unicl_jax.data.prompts import fill
+from unicl_jax.data.prompts import clean_class_name, fill
 from unicl_jax.data.records import Request, Source
 from unicl_jax.encoders import TwoTower
+from unicl_jax.errors import InputError
+from unicl_jax.objectives import Classifier
 
 TOP = 5
 BATCH = 512  # rows at a time, over all devices
@@ -38,20 +40,32 @@ class Encoders(NamedTuple):
     image: Callable
     text: Callable
     mesh: Mesh
+    # Where concepts are told apart without texts: params -> [concepts, D], their names.
+    concepts: Callable | None = None
+    names: tuple[str, ...] = ()
 
 
-def make_encoders(model: TwoTower, mesh: Mesh) -> Encoders:
+def make_encoders(
+    model: TwoTower,
+    mesh: Mesh,
+    classifier: Classifier | None = None,
+    concepts: Sequence[str] = (),
+) -> Encoders:
     """Compiles a model for evaluation.
 
     Args:
       model: the two towers.
       mesh: the devices.
+      classifier: of an objective that learns no texts; None otherwise.
+      concepts: the names that the classifier tells apart.
 
     Returns:
       The encoders: of uint8 images [n, H, W, 3], and of tokens [n, L].
     """
 
     def image(params, state, images):
+        if classifier is not None:
+            return classifier.image(params, state, normalize(images))
         return model.encode_image(params, state, normalize(images))[0]
 
     def text(params, state, tokens):
@@ -59,7 +73,12 @@ def make_encoders(model: TwoTower, mesh: Mesh) -> Encoders:
 
     whole, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
     layout = dict(in_shardings=(whole, whole, rows), out_shardings=whole)
-    return Encoders(jax.jit(image, **layout), jax.jit(text, **layout), mesh)
+    encoders = Encoders(jax.jit(image, **layout), jax.jit(text, **layout), mesh)
+    if classifier is None:
+        return encoders
+    names = tuple(clean_class_name(name).lower() for name in concepts)
+    of_concepts = jax.jit(classifier.concepts, in_shardings=(whole,))
+    return encoders._replace(concepts=of_concepts, names=names)
 
 
 class ZeroShotTask:
@@ -90,7 +109,12 @@ class ZeroShotTask:
         self.name, self.source, self._encoders = name, source, encoders
         self._num_templates = len(templates)
         names = source.class_names
-        self._tokens = tokenize([fill(t, name) for name in names for t in templates])
+        self._concepts = None
+        if encoders.concepts is None:
+            texts = [fill(t, name) for name in names for t in templates]
+            self._tokens = tokenize(texts)
+        else:
+            self._concepts = _concepts_of(self.name, names, encoders.names)
         # On every device of every process, so that each can read all of it.
         whole = sharding.replicated(encoders.mesh)
         self._rank = jax.jit(_rank, out_shardings=whole)
@@ -153,6 +177,8 @@ class ZeroShotTask:
 
         Source: UniCL's release, zero-shot evaluation; CLIP, section 3.1.4.
         """
+        if self._concepts is not None:
+            return np.asarray(self._encoders.concepts(params))[self._concepts]
         count, batch = len(self._tokens), self._batch_size(len(self._tokens))
         padding = np.repeat(self._tokens[-1:], -count % batch, 0)
         tokens = np.concatenate([self._tokens, padding])
@@ -175,6 +201,19 @@ class ZeroShotTask:
         """At most BATCH, no more than the rows need, a multiple of the devices."""
         devices = self._encoders.mesh.size
         return -(-min(BATCH, rows) // devices) * devices
+
+
+def _concepts_of(task, names, known):
+    """Which of the concepts trained on each class of a task is."""
+    cleaned = [clean_class_name(name).lower() for name in names]
+    missing = [n for n, c in zip(names, cleaned, strict=True) if c not in known]
+    if missing:
+        raise InputError(
+            f"evaluations.{task}: this objective tells apart only the classes it is "
+            f"trained on; {len(missing)} of {len(names)} are not among them, as "
+            f'"{missing[0]}". Leave the evaluation out.'
+        )
+    return np.array([known.index(c) for c in cleaned])
 
 
 def _rank(embeddings, classes, labels):

@@ -1,0 +1,14 @@
+"""Two tasks on one image tower: classes for labels, CLIP for captions (Table 6).
+
+python -m unicl_jax.main --config=configs/baselines/multitask.py --workdir=runs/x
+
+On the quick start's data; `:paper` has the data and the towers of configs/swin_tiny.py.
+"""
+
+from unicl_jax.config import base_recipe
+
+
+def get_config(variant: str = ""):
+    config = base_recipe(__file__, variant)
+    config.objective = "multitask"
+    return config
