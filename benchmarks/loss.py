@@ -389,5 +389,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages(["-m", "benchmarks.loss"])
+    restart_with_huge_pages("benchmarks.loss")
     main(sys.argv[1:])

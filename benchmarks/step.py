@@ -357,5 +357,5 @@ def main(argv):
 
 if __name__ == "__main__":
     # As the trainer does; the workers inherit it, so that the peers gain as well.
-    restart_with_huge_pages(["-m", "benchmarks.step"])
+    restart_with_huge_pages("benchmarks.step")
     main(sys.argv[1:])

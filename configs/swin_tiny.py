@@ -10,8 +10,8 @@ authors list 81.8 % top-1 on ImageNet-1K, from prompts, when the captions are GC
 
 from unicl_jax import config as config_lib
 
-# Where the data lies. A gs:// path, a glob or a list of either is as good; and so is
-# --config.data.sources.gcc.path=... on the command line.
+# Where the data lies. A gs:// path, a glob or a list of either is as good. On the
+# command line --config.data.sources.gcc.path=... takes one path or glob.
 IMAGENET = "data/tfds/imagenet2012/5.1.0"  # prepared by TFDS
 GCC = "data/gcc15m/*.tfrecord"  # written by img2dataset, output_format tfrecord
 # As WebDataset: format="webdataset", path="data/gcc15m/{00000..01499}.tar", no fields.

@@ -97,6 +97,21 @@ def test_counts_must_be_whole_and_positive(field, value):
         ("augment.shift", 32, "in [0, 32) pixels"),
         ("augment.color", 1.0, "in [0, 1)"),
         ("augment.color", -0.1, "in [0, 1)"),
+        ("optimizer.learning_rate", float("inf"), "finite"),
+        ("seed", 10**20, "in [0, 2^31)"),
+        ("seed", -1, "in [0, 2^31)"),
+        ("total_steps", 10**11, "below 2^31"),
+        ("model.embed_dim", 0, "a whole number of at least 1"),
+        ("model.image.image_size", 0, "a whole number of at least 1"),
+        ("model.image.window_size", -1, "a whole number of at least 1"),
+        ("model.image.depths", [1, 0], "a whole number of at least 1"),
+        ("model.text.context_length", 2.5, "a whole number of at least 1"),
+        ("model.logit_scale_init", float("nan"), "finite"),
+        ("model.logit_scale_init", 1000.0, "in (-80, 80)"),
+        ("model.logit_scale_max", float("inf"), "finite"),
+        ("model.image.drop_path", 2.0, "in [0, 1)"),
+        ("model.image.init_std", -1.0, "above 0"),
+        ("data.made_up_records", -1, "at least 0"),
     ],
 )
 def test_a_number_out_of_range_is_refused_by_name_and_value(field, value, must):
@@ -397,6 +412,23 @@ def test_every_recipe_validates_and_its_model_and_optimizer_build(path, variant)
     assert params["image_projection"].shape[1] == config.model.embed_dim
     jax.eval_shape(optimizer.init, params)
     assert flatten(json.loads(to_json(config))) == flatten(config)
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "field", "hint"),
+    [
+        ("data.sources", "shoes", "wieght", "weight"),
+        ("data.sources", "shoes", "class_name", "class_names"),
+        ("evaluations", "held_out", "template", "templates"),
+    ],
+)
+def test_a_typo_in_a_source_suggests_the_name(group, name, field, hint):
+    config = good()
+    sources = config.data.sources if group == "data.sources" else config.evaluations
+    sources[name][field] = 3
+    message = refusal(config)
+    assert message.startswith(f'{group}.{name}: a npz source has no "{field}"')
+    assert f'did you mean "{hint}"' in message
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,6 +1,9 @@
 """Sources read from real bytes on disk: TFRecord, TFDS and WebDataset."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -323,3 +326,30 @@ def test_imagenets_names_ship_with_the_package_one_a_class(ten):
         "Golden Retriever",
         "toilet paper",
     )
+
+
+def test_tensorflow_prints_nothing_of_ours(tmp_path):
+    """AutoGraph, where it fails, prints the environment; its passwords, too."""
+    write_tfrecord(
+        tmp_path / "a.tfrecord",
+        [example(caption=b"x", image__encoded=encoded(picture(1)))],
+    )
+    code = (
+        "from unicl_jax.data.sources import make_file_source\n"
+        "from unicl_jax.data.records import Request\n"
+        "import numpy as np\n"
+        f"config = dict(kind='image_text', format='tfrecord', path={str(tmp_path)!r},\n"
+        "  preprocess=dict(randaugment=dict(num_ops=2, magnitude=9), erasing=0.5))\n"
+        "source = make_file_source('s', config, 32, True)\n"
+        "request = Request(np.zeros(4, np.int64), np.arange(4, dtype=np.uint32))\n"
+        "print(next(source.stream([request])).texts)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SECRET": "hunter2"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert "'x'" in done.stdout, done.stderr
+    assert "hunter2" not in done.stderr and "AutoGraph" not in done.stderr

@@ -9,7 +9,7 @@ import pytest
 
 from unicl_jax import host_memory
 
-COMMAND = ["-m", "unicl_jax.main"]
+MODULE, COMMAND = "unicl_jax.main", ["-m", "unicl_jax.main"]
 ARGV = ["python", "-u", "-m", "unicl_jax.main", "--config=x.py"]
 SEEN = "glibc.malloc.hugetlb=1"
 
@@ -26,13 +26,24 @@ def cpu_only_linux(monkeypatch, tmp_path):
 
 
 def environment(environ, argv=ARGV):
-    return host_memory._environment(environ, argv, COMMAND)
+    return host_memory._environment(environ, argv, MODULE)
 
 
 def test_it_adds_to_the_environment_and_keeps_the_rest():
     assert environment({"A": "1"}) == {"A": "1", "GLIBC_TUNABLES": SEEN}
     kept = environment({"GLIBC_TUNABLES": "glibc.malloc.check=0"})
     assert kept == {"GLIBC_TUNABLES": f"glibc.malloc.check=0:{SEEN}"}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["python", "-municl_jax.main"],
+        ["python", "-X", "dev", "-W", "error", "-I", "-m", "unicl_jax.main"],
+    ],
+)
+def test_other_ways_to_say_the_command_count(argv):
+    assert environment({}, argv) is not None
 
 
 @pytest.mark.parametrize("choice", ["0", "1", "2"])
@@ -42,7 +53,15 @@ def test_a_choice_already_made_stands(choice):
 
 @pytest.mark.parametrize(
     "argv",
-    [["python", "-m", "ipykernel", "-f", "x"], ["python", "-m"], ["python"], []],
+    [
+        ["python", "-m", "ipykernel", "-f", "x"],
+        ["python", "-m", "pdb", "-m", "unicl_jax.main"],
+        ["python", "script.py", "-m", "unicl_jax.main"],
+        ["python", "-c", "pass", "-m", "unicl_jax.main"],
+        ["python", "-m"],
+        ["python"],
+        [],
+    ],
 )
 def test_another_command_is_left_alone(argv):
     assert environment({}, argv) is None
@@ -69,7 +88,7 @@ def test_other_systems_are_left_alone(monkeypatch):
 def test_the_command_starts_anew_once_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    if host_memory._environment({}, ARGV, COMMAND) is None:
+    if host_memory._environment({}, ARGV, MODULE) is None:
         pytest.skip("this machine has nothing to gain from it")
     starts = tmp_path / "starts"
     (tmp_path / "sitecustomize.py").write_text(

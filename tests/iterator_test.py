@@ -343,6 +343,87 @@ def test_an_npz_file_gives_what_it_holds(tmp_path):
         make_npz_source("mine", {**config, "path": str(tmp_path / "no.npz")}, 4, True)
 
 
+def test_an_npz_file_may_hold_several_captions_an_image(tmp_path):
+    texts = np.array([["w", "v"], ["x", ""], ["y", "z"], ["z", ""]])
+    np.savez(tmp_path / "mine.npz", images=GOOD["images"], texts=texts)
+    config = {"kind": "image_text", "path": str(tmp_path / "mine.npz")}
+    source = make_npz_source("mine", config, 4, True)
+    assert source.texts == [("w", "v"), ("x",), ("y", "z"), ("z",)]
+
+
+def test_the_class_names_of_an_npz_file_may_stand_in_the_config(tmp_path):
+    arrays = {k: v for k, v in GOOD.items() if k != "class_names"}
+    np.savez(tmp_path / "mine.npz", **arrays)
+    config = {"path": str(tmp_path / "mine.npz"), "class_names": ["x", "y"]}
+    assert make_npz_source("mine", config, 4, True).class_names == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(labels=np.array([0, 1, 1, 2**32])), "labels must be in .*4294967296"),
+        (dict(labels=np.uint64([0, 1, 1, 2**64 - 2**32])), "labels must be in"),
+        (dict(labels=np.zeros((4, 2), int)), r"labels must be \[n\] integers"),
+        (dict(labels=np.array([0, 1, 1, np.nan])), r"labels must be \[n\] integers"),
+        (dict(labels=np.array(0)), "labels must have one entry"),
+        (dict(class_names=np.array("a")), "class_names must have one entry"),
+        (
+            dict(class_names=np.array(["a", "b"], object)),
+            '"class_names".*Python objects',
+        ),
+    ],
+)
+def test_what_is_wrong_in_an_npz_file_is_named(change, message, tmp_path):
+    np.savez(tmp_path / "mine.npz", **{**GOOD, **change})
+    config = {"kind": "image_label", "path": str(tmp_path / "mine.npz")}
+    with pytest.raises(InputError, match=f'"mine": .*{message}'):
+        make_npz_source("mine", config, 4, True)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [np.arange(4), np.zeros(4), np.array([["a"]] * 4)[..., None], np.array("a")],
+)
+def test_captions_of_an_npz_file_must_be_strings(texts, tmp_path):
+    np.savez(tmp_path / "mine.npz", images=GOOD["images"], texts=texts)
+    config = {"kind": "image_text", "path": str(tmp_path / "mine.npz")}
+    with pytest.raises(InputError, match='"mine": texts must'):
+        make_npz_source("mine", config, 4, True)
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_blank_caption_is_named(blank, tmp_path):
+    texts = np.array(["w", "x", blank, "z"])
+    np.savez(tmp_path / "mine.npz", images=GOOD["images"], texts=texts)
+    config = {"kind": "image_text", "path": str(tmp_path / "mine.npz")}
+    with pytest.raises(InputError, match="captions must not be empty.*at index 2"):
+        make_npz_source("mine", config, 4, True)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "empty", "cut off", "flipped", "npy"])
+def test_a_file_that_is_no_npz_is_named(damage, tmp_path):
+    path = tmp_path / "mine.npz"
+    np.savez(path, **GOOD)
+    whole = path.read_bytes()
+    if damage == "npy":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+    else:
+        flipped = bytearray(whole)
+        flipped[200] ^= 255
+        path.write_bytes(
+            {
+                "garbage": b"garbage",
+                "empty": b"",
+                "cut off": whole[: len(whole) // 2],
+                "flipped": bytes(flipped),
+            }[damage]
+        )
+    config = {"kind": "image_label", "path": str(path)}
+    with pytest.raises(InputError, match='"mine": path must be a .npz file'):
+        make_npz_source("mine", config, 4, True)
+
+
 # --- The quick start's data.
 
 

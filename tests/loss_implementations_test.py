@@ -182,6 +182,30 @@ def test_one_direction_alone(direction, x64):
     assert_close(got, want)
 
 
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("scale", [1.0, 5.0, 50.0])
+def test_second_derivatives_in_float32(scale, implementation):
+    """1/x^2 of the sums of exponentials is below the least float32."""
+    u, v = embeddings(4, 3)
+
+    def second(dtype):
+        def total(scale):
+            return unicl_loss(
+                u.astype(dtype),
+                v.astype(dtype),
+                SPANNING[:4],
+                scale,
+                implementation=implementation,
+            ).sum()
+
+        return jax.grad(jax.grad(total))(np.asarray(scale, dtype))
+
+    with jax.enable_x64(True):
+        want = float(second(np.float64))
+    # What is left of a difference of terms of order 1, rounded at 6e-8 each.
+    np.testing.assert_allclose(second(np.float32), want, rtol=1e-4, atol=2e-6)
+
+
 def test_second_derivatives_of_the_dense_loss(x64):
     u, v = embeddings(4, 3)
 
@@ -390,3 +414,9 @@ def test_auto_is_dense_for_small_batches_and_blockwise_for_large(monkeypatch):
     monkeypatch.setattr(unicl, "DENSE_UNTIL", 64 * 64)
     assert not blocks(64)
     assert blocks(65)
+
+
+@pytest.mark.parametrize("size", [(0, 4), (4, 0)])
+def test_an_empty_batch_is_refused(size):
+    with pytest.raises(ValueError, match="must hold a row and a column"):
+        unicl_loss(np.ones(size), np.ones(size), np.zeros(size[0], int), 1.0)

@@ -142,6 +142,19 @@ def test_sharded_is_single(devices, axis_type, make_mesh, x64):
         assert_close((mean, grads), value_and_grads(u, v, labels, scale))
 
 
+@pytest.mark.parametrize("under_jit", [False, True])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_whole_arrays_are_divided_over_the_mesh_that_make_mesh_makes(
+    devices, under_jit, x64
+):
+    """As in the README: nothing was placed, and the mesh's axes are Explicit."""
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    u, v = map(jnp.asarray, embeddings(16))
+    loss = sharded(unicl_loss, mesh)
+    got = (jax.jit(loss) if under_jit else loss)(u, v, jnp.asarray(SPANNING), 7.0)
+    assert_close(got, unicl_loss(u, v, SPANNING, 7.0))
+
+
 def test_sharded_over_two_mesh_axes_is_single(x64):
     u, v = embeddings(16)
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
@@ -574,6 +587,8 @@ GOOD = dict(
         ("labels", shape(8, dtype=jnp.bool_), TypeError),
         ("labels", shape(4, dtype=jnp.int32), ValueError),
         ("labels", shape(8, 2, 2, dtype=jnp.int32), ValueError),
+        ("labels", shape(8, 0, dtype=jnp.int32), ValueError),
+        ("labels", [3, 7, 3, -1, 0, 0, 0, 0], TypeError),
         ("labels", shape(dtype=jnp.int32), ValueError),
         ("logit_scale", shape(1), ValueError),
         ("where", shape(7, dtype=jnp.bool_), ValueError),

@@ -309,9 +309,12 @@ def test_on_a_terminal_the_line_is_whole_within_80_columns(
 def test_on_a_terminal_things_are_said_above_the_line_which_goes_away(terminal):
     progress = ConsoleProgress(10, 4)
     progress._live.refresh()
-    assert any("4/10" in line and "compiling" in line for line in shown(progress))
-    progress.say("step 5  top-1/5 %: shoes 10.0/50.0")
-    assert any(line.startswith("step 5  top-1/5 %") for line in shown(progress))
+    assert any("4/10" in line and "starting" in line for line in shown(progress))
+    progress.say("step 5: shoes 10.0/50.0")
+    assert any(line.startswith("step 5: shoes") for line in shown(progress))
+    progress.status("evaluating shoes")
+    progress._live.refresh()
+    assert "evaluating shoes" in shown(progress)[-1]
     progress.close()
     progress.close()  # twice does no harm
     # Transient: the cursor goes up and the line is erased.

@@ -282,6 +282,20 @@ def test_cross_entropy_is_optax_on_labelled_rows_and_0_elsewhere():
     )
 
 
+def test_what_is_masked_by_minus_infinity_has_no_share():
+    logits = np.array([[1.0, -np.inf, 2.0], [0.5, 1.0, -np.inf]])
+    kept = np.array([[1.0, 2.0], [0.5, 1.0]])
+    got = cross_entropy_loss(logits, np.array([0, 1]))
+    want = optax.softmax_cross_entropy_with_integer_labels(kept, np.array([0, 1]))
+    assert_close(got, want)
+    square = np.where(np.eye(3) + np.eye(3)[::-1] > 0, 1.0, -np.inf)
+    got = soft_target_loss(square, np.eye(3))
+    assert_close(got, np.log([2.0, 1.0, 2.0]))
+    assert np.isfinite(
+        jax.grad(lambda x: soft_target_loss(x, np.eye(3)).sum())(square)
+    ).all()
+
+
 def test_a_label_that_is_no_class_shows():
     logits = np.zeros((3, 6))
     got = cross_entropy_loss(logits, np.array([5, 6, -2]))

@@ -7,6 +7,7 @@ kinds, augmentation on: small, but with every source of randomness that a run ha
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from rich.console import Console
 from unicl_jax import config as config_lib
 from unicl_jax import train
 from unicl_jax.analysis.end_of_run import evaluation_table
+from unicl_jax.checkpoint import NotSaved
 from unicl_jax.data import sampler
 from unicl_jax.errors import InputError
 from unicl_jax.evaluation import Scores
@@ -314,7 +316,7 @@ def test_running_a_finished_run_again_trains_nothing_and_prints_the_table(
     again = train.run(make_config(), workdir)
     printed = capsys.readouterr().out
     assert again == result
-    assert "going on from step 6 of 6" in printed
+    assert "finished before, at step 6" in printed
     assert "squares" in printed and "top-1 %" in printed and "curves.png" in printed
     assert f"{100 * result['eval/squares_top1']:.1f}" in printed
     assert (workdir / "checkpoints" / "6").stat().st_mtime_ns == made
@@ -523,8 +525,37 @@ def test_a_checkpoint_of_another_model_is_refused_by_step_and_path(
     config = make_config(model__text__num_layers=2)
     config_lib.prepare_workdir(tmp_path, config, write=True)
     (tmp_path / "checkpoints").symlink_to(whole[0] / "checkpoints")
-    with pytest.raises(InputError, match="checkpoint 6 must hold this model's state"):
+    with pytest.raises(
+        InputError, match="checkpoint 6.*must be of this model.*nothing"
+    ):
         train.run(config, tmp_path)
+
+
+@pytest.mark.parametrize("data", ["{}", '{"step": 3}', "null"])
+def test_a_checkpoint_without_its_data_position_is_refused(
+    data, whole, make_config, tmp_path
+):
+    shutil.copytree(whole[0], tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "6" / "data" / "metadata"
+    assert json.loads(file.read_text()) == {"step": 6}
+    file.write_text(data)
+    with pytest.raises(InputError, match="checkpoint 6 must hold its data position"):
+        train.run(make_config(), tmp_path / "run")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_once_and_not_tried_again(
+    make_config, tmp_path, monkeypatch
+):
+    tries = []
+
+    def full(manager, step, **_):
+        tries.append(step)
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand more")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with pytest.raises(NotSaved, match="No space left on device.; none is whole. Make"):
+        train.run(make_config(), tmp_path)
+    assert tries == [3]
 
 
 def table_lines(name, width):

@@ -1,5 +1,6 @@
 """Saving and restoring a run; the only room that knows Orbax."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ import orbax.checkpoint as ocp
 
 from unicl_jax.errors import InputError
 from unicl_jax.step import TrainState
+
+
+class NotSaved(RuntimeError):
+    """A checkpoint could not be written: a full disk, a directory that is gone."""
 
 
 class Checkpoints:
@@ -29,6 +34,7 @@ class Checkpoints:
         self._directory = workdir / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=kept)
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._failed = False
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint, or None."""
@@ -43,6 +49,9 @@ class Checkpoints:
 
         Returns:
           False if that step is already there.
+
+        Raises:
+          NotSaved: if this or an earlier one could not be written.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -51,7 +60,8 @@ class Checkpoints:
             state=ocp.args.StandardSave(state._asdict()),
             data=ocp.args.JsonSave(data_state),
         )
-        return self._manager.save(step, args=arguments, force=True)
+        with self._saving():
+            return self._manager.save(step, args=arguments, force=True)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads the newest whole checkpoint.
@@ -67,24 +77,87 @@ class Checkpoints:
         """
         step = self.latest_step()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        self._check_shapes(step, abstract["params"])
         arguments = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
         )
         try:
             restored = self._manager.restore(step, args=arguments)
         except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+            self._give_up()
             raise InputError(
                 f"checkpoint {step} must hold this model's state: reading "
                 f'"{self._directory / str(step)}" failed ({error}). Remove that '
                 "directory to go on from the checkpoint before it."
             ) from error
-        return TrainState(**restored["state"]), restored["data"]
+        data = restored["data"]
+        if (data or {}).get("step") != step:
+            self._give_up()
+            raise InputError(
+                f"checkpoint {step} must hold its data position, step {step}: "
+                f'"{self._directory / str(step)}" holds {data}. Remove that directory '
+                "to go on from the checkpoint before it."
+            )
+        return TrainState(**restored["state"]), data
 
     def wait(self) -> None:
-        """Returns when everything started is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything started is on disk; NotSaved if it cannot be."""
+        with self._saving():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finishes writing and stops the background threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            if not self._failed:
+                self.wait()
+        finally:
+            self._give_up()
+
+    def _give_up(self):
+        """Stops the background threads, whatever they have to say."""
+        with contextlib.suppress(Exception):
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _saving(self):
+        try:
+            yield
+        except Exception as error:  # Orbax raises what its threads met, of any type
+            self._failed = True
+            reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
+            kept = self._manager.latest_step()
+            newest = "none is whole" if kept is None else f"the newest whole is {kept}"
+            raise NotSaved(
+                f'checkpoints must be written to "{self._directory}": one could not be '
+                f"({reason}); {newest}. Make room, and run the same command again."
+            ) from error
+
+    def _check_shapes(self, step, params):
+        """Refuses another model's checkpoint before Orbax tries to fit it."""
+        directory = self._manager.directory / str(step) / "state"
+        try:
+            saved = ocp.StandardCheckpointHandler().metadata(directory).tree["params"]
+        except Exception:  # damaged: reading it says how
+            return
+        theirs, ours = _shapes(saved), _shapes(params)
+        differ = [
+            f"{name}: {theirs.get(name, 'nothing')} there, {ours.get(name, 'nothing')} "
+            "here"
+            for name in sorted(theirs.keys() | ours.keys())
+            if theirs.get(name) != ours.get(name)
+        ]
+        if differ:
+            self._give_up()
+            raise InputError(
+                f'checkpoint {step} in "{self._directory}" must be of this model: '
+                f"{len(differ)} arrays differ, as {'; '.join(differ[:2])}. Go on with "
+                "the model it was made with, or name another --workdir."
+            )
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape)
+        for path, x in leaves
+    }

@@ -1,6 +1,7 @@
 """What a recipe can say, and every check of it before a device or a file is touched."""
 
 import json
+import math
 import runpy
 from collections.abc import Iterable
 from pathlib import Path
@@ -181,6 +182,7 @@ def validate(config: ConfigDict, num_devices: int, num_processes: int = 1) -> No
             "optimizer.warmup_steps must be below total_steps: got "
             f"{optimizer.warmup_steps} and {config.total_steps}; lower the first."
         )
+    _check_numbers(config)
     image_size = config.model.image.get("image_size", 224)
     if not 0 <= config.augment.shift < image_size:
         raise InputError(
@@ -196,6 +198,61 @@ def validate(config: ConfigDict, num_devices: int, num_processes: int = 1) -> No
             "data.share_prompts needs a single process: got "
             f"{num_processes} processes; pass --config.data.share_prompts=False."
         )
+
+
+def _check_numbers(config):
+    """Every number is finite and no larger than could be meant; sizes are sizes."""
+    if type(config.seed) is not int or not 0 <= config.seed < 2**31:
+        raise InputError(f"seed must be in [0, 2^31): got {config.seed}.")
+    for field in ("batch_size", "total_steps"):
+        if config[field] >= 2**31:
+            raise InputError(f"{field} must be below 2^31: got {config[field]}.")
+    for path, value in flatten(config).items():
+        values = value if isinstance(value, list) else [value]
+        for x in values:
+            if isinstance(x, float) and not math.isfinite(x):
+                raise InputError(f"{path} must be finite: got {value}.")
+            leaf = path.split(".")[-1]
+            if leaf in SIZES and path.startswith("model.") and not _is_size(x):
+                raise InputError(
+                    f"{path} must be a whole number of at least 1: got {value}."
+                )
+    if not abs(config.model.logit_scale_init) < 80:  # exp of it is in float32
+        raise InputError(
+            "model.logit_scale_init must be in (-80, 80), a logarithm: got "
+            f"{config.model.logit_scale_init}; CLIP's is 2.659."
+        )
+    drop_path = config.model.image.get("drop_path", 0.0)
+    if not 0 <= drop_path < 1:
+        raise InputError(f"model.image.drop_path must be in [0, 1): got {drop_path}.")
+    if not config.model.image.get("init_std", 1.0) > 0:
+        raise InputError(
+            f"model.image.init_std must be above 0: got {config.model.image.init_std}."
+        )
+    if config.data.made_up_records < 0:
+        raise InputError(
+            f"data.made_up_records must be at least 0: got "
+            f"{config.data.made_up_records}."
+        )
+
+
+def _is_size(x):
+    return type(x) is int and x >= 1
+
+
+# Fields of `model` that count something.
+SIZES = (
+    "embed_dim",
+    "image_size",
+    "patch_size",
+    "window_size",
+    "depths",
+    "num_heads",
+    "width",
+    "context_length",
+    "vocab_size",
+    "num_layers",
+)
 
 
 def _check_fields(config):
@@ -222,8 +279,32 @@ def _check_fields(config):
             missing = [key for key in needed if key not in source]
             if missing:
                 raise InputError(f"{what}.{name} must say {', '.join(missing)}.")
+            names = SOURCE_FIELDS["all"] + SOURCE_FIELDS.get(source.format, ())
+            for field in source if source.format in SOURCE_FIELDS else ():
+                if field not in names:
+                    raise InputError(
+                        f'{what}.{name}: a {source.format} source has no "{field}"; '
+                        f"{did_you_mean(field, names)}"
+                    )
 
 
+_OF_SHARDS = (
+    "fields",
+    "class_names",
+    "label_offset",
+    "preprocess",
+    "max_skips_in_a_row",
+    "index_cache",
+)
+# What a source or an evaluation may say, by format; see docs/design.md.
+SOURCE_FIELDS = {
+    "all": ("format", "path", "kind", "weight", "templates"),
+    "quickstart": (),
+    "npz": ("class_names",),
+    "tfrecord": _OF_SHARDS,
+    "webdataset": _OF_SHARDS,
+    "tfds": (*_OF_SHARDS, "split"),
+}
 SECTIONS = ("model", "data", "augment", "optimizer")
 
 

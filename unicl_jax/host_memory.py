@@ -12,7 +12,7 @@ _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _TUNABLE = "glibc.malloc.hugetlb"  # glibc 2.35; older ones ignore it
 
 
-def restart_with_huge_pages(command: Sequence[str]) -> None:
+def restart_with_huge_pages(module: str) -> None:
     """Starts this process anew with malloc asking for huge pages, on CPU-only Linux.
 
     XLA asks for a step's temporaries anew each time: hundreds of MB, which are mapped
@@ -23,24 +23,35 @@ def restart_with_huge_pages(command: Sequence[str]) -> None:
     Does nothing where it would not help, or is not this function's to decide: with an
     accelerator, whose temporaries lie elsewhere; where the system gives huge pages to
     all or to none; where GLIBC_TUNABLES already says what it wants; where the process
-    was not started by `command`.
+    was not started as `python -m module`.
 
     Args:
-      command: what must stand in the command line, as in ["-m", "unicl_jax.main"]; a
-        notebook that runs the module is not restarted.
+      module: the one that asks; a notebook, a debugger or a script that runs it is not
+        restarted.
     """
-    environment = _environment(os.environ, sys.orig_argv, command)
+    environment = _environment(os.environ, sys.orig_argv, module)
     if environment is not None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
+def _module(argv: Sequence[str]) -> str | None:
+    """What `python -m` was told to run; None for a script, -c or a prompt."""
+    rest = iter(argv[1:])
+    for argument in rest:
+        if argument.startswith("-m"):
+            return argument[2:] or next(rest, None)
+        if not argument.startswith("-") or argument.startswith("-c"):
+            return None
+        if argument in ("-W", "-X", "--check-hash-based-pycs"):
+            next(rest, None)
+    return None
+
+
 def _environment(
-    environ: Mapping[str, str], argv: Sequence[str], command: Sequence[str]
+    environ: Mapping[str, str], argv: Sequence[str], module: str
 ) -> dict[str, str] | None:
     """The environment to restart with; None to go on as it is."""
-    starts = range(1, len(argv) - len(command) + 1)
-    started_so = any(list(argv[i : i + len(command)]) == list(command) for i in starts)
-    if not (sys.platform.startswith("linux") and started_so):
+    if not (sys.platform.startswith("linux") and _module(argv) == module):
         return None
     tunables = environ.get("GLIBC_TUNABLES", "")
     if _TUNABLE in tunables or any(map(glob.glob, _ACCELERATORS)):

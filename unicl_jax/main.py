@@ -13,6 +13,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from unicl_jax import host_memory, sharding, train
+from unicl_jax.checkpoint import NotSaved
 from unicl_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -25,7 +26,7 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With the above.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With the above.")
 
-BAD_INPUT, NON_FINITE, STOPPED_BY_SIGNAL = 2, 3, 128
+BAD_INPUT, NON_FINITE, NOT_SAVED, STOPPED_BY_SIGNAL = 2, 3, 4, 128
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,8 +36,8 @@ def main(argv: Sequence[str]) -> int:
       argv: as `sys.argv`.
 
     Returns:
-      The exit code: 0; 2 for wrong input, 3 for a non-finite loss, 128 + the signal's
-      number when stopped by one.
+      The exit code: 0; 2 for wrong input, 3 for a non-finite loss, 4 for a checkpoint
+      that could not be written, 128 + the signal's number when stopped by one.
     """
     try:
         _parse(argv)
@@ -48,6 +49,10 @@ def main(argv: Sequence[str]) -> int:
         return _say(f"error: {error}", BAD_INPUT)
     except train.NonFiniteLoss as error:
         return _say(f"error: {error}", NON_FINITE)
+    except NotSaved as error:
+        return _say(f"error: {error}", NOT_SAVED)
+    except KeyboardInterrupt:  # before the loop, which saves first
+        return _say("stopped before the first step.", STOPPED_BY_SIGNAL + 2)
     except train.Stopped as stopped:
         code = STOPPED_BY_SIGNAL + stopped.signal
         return _say(f"{stopped} The same command goes on from there.", code)
@@ -81,9 +86,15 @@ def _parse(argv):
             raise InputError(
                 f'there is no config field "{typo[2]}"; did you mean "{typo[1]}"?'
             ) from error
-        message = str(error.args[0] if error.args else error).strip("'\"")
+        message = str(error.args[0] if error.args else error)
+        absent = re.search(r"--config\.([\w.]+)", " ".join(argv))
         if isinstance(error, KeyError):
             raise InputError(f'there is no config field "{message}".') from error
+        if re.fullmatch(r"\w+", message) and absent:
+            raise InputError(
+                f'"{message}" is not set in this recipe, so a flag cannot override it; '
+                "set it in the recipe."
+            ) from error
         raise InputError(f"wrong flag: {message}") from error
     if rest[1:]:
         raise InputError(f"flags must start with --: got {' '.join(rest[1:])}.")
@@ -96,5 +107,5 @@ def _parse(argv):
 
 
 if __name__ == "__main__":
-    host_memory.restart_with_huge_pages(["-m", "unicl_jax.main"])
+    host_memory.restart_with_huge_pages("unicl_jax.main")
     sys.exit(main(sys.argv))

@@ -153,7 +153,7 @@ class ConsoleProgress:
                 console=self.console,
                 transient=True,
             )
-            self._task = self._live.add_task("", total=total_steps, text="compiling")
+            self._task = self._live.add_task("", total=total_steps, text="starting")
             self._live.update(self._task, completed=first_step)
             self._live.start()
 
@@ -175,6 +175,15 @@ class ConsoleProgress:
         elif step - self._printed >= self._every:
             self._printed = step
             self.console.print(f"step {step}/{self._total}  {text}")
+
+    def status(self, text: str) -> None:
+        """Shows what the run is at, where there is a live line.
+
+        Args:
+          text: until the next `update`.
+        """
+        if self._live:
+            self._live.update(self._task, text=text)
 
     def say(self, *things) -> None:
         """Prints above the line."""

@@ -14,7 +14,7 @@ from unicl_jax import config as config_lib
 from unicl_jax import data, encoders, evaluation, objectives, sharding
 from unicl_jax.analysis import end_of_run
 from unicl_jax.augment import make_augment
-from unicl_jax.checkpoint import Checkpoints
+from unicl_jax.checkpoint import Checkpoints, NotSaved
 from unicl_jax.metrics import ConsoleProgress, Metrics, StepTimer
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
@@ -47,6 +47,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       InputError: what must be mended before training can start.
       NonFiniteLoss: naming the step; the last good state is saved.
       Stopped: after saving.
+      NotSaved: if a checkpoint could not be written.
     """
     # 1. All that can be wrong with the config, before anything costs time.
     is_first = jax.process_index() == 0
@@ -134,12 +135,12 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         step, scalars = pending[0], jax.device_get(pending[1])
         if not (math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])):
             save()
+            kept = " The state before that step is saved." if step > 1 else ""
             raise NonFiniteLoss(
                 f"loss and gradients must be finite: step {step} gave loss "
-                f"{scalars['loss']} and gradient norm {scalars['grad_norm']}. The "
-                "state before that step is saved. Look at the data of that step; or "
-                "start anew, in another workdir, with a lower optimizer.learning_rate "
-                "or with optimizer.clip_norm."
+                f"{scalars['loss']} and gradient norm {scalars['grad_norm']}.{kept} "
+                "Look at the data of that step; or start anew, in another workdir, "
+                "with a lower optimizer.learning_rate or with optimizer.clip_norm."
             )
         if step % config.log_every_steps == 0 or step == config.total_steps:
             scalars = {k: float(v) for k, v in scalars.items()}
@@ -157,6 +158,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     def evaluate(step):
         for task in tasks:
+            progress.status(f"evaluating {task.name}")
             scores[task.name] = task(state.params, state.model_state)
         keyed = _by_metric_key(scores)
         if keyed:
@@ -165,10 +167,12 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 f"{name} {100 * s.top1:.1f}/{100 * s.top5:.1f}"
                 for name, s in scores.items()
             )
-            progress.say(f"step {step}  top-1/5 %: {tops}")
+            progress.say(f"step {step}: {tops}")
 
     try:
-        if first_step:
+        if first_step >= config.total_steps:
+            progress.say(f"finished before, at step {first_step}; evaluating it again")
+        elif first_step:
             progress.say(f"going on from step {first_step} of {config.total_steps}")
         for source, name in batches.concepts.merged:
             progress.say(f'{source}: class "{name}" joins the concept of that name')
@@ -179,10 +183,13 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         for step in range(first_step + 1, config.total_steps + 1):
             batch = sharding.global_batch(mesh, timer.next_batch(batches))
             start = time.perf_counter()
+            if step == first_step + 1:
+                progress.status("compiling")
             state, scalars = train_step(state, batch, np.int32(step - 1))
             if step == first_step + 1:
                 jax.block_until_ready(scalars)
                 progress.say(f"compiled in {time.perf_counter() - start:.1f} s")
+                progress.status("training")
                 timer.restart()
             write_pending()
             pending = (step, scalars)
@@ -206,7 +213,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             table = end_of_run(workdir, tasks, scores, config.evaluations)
             progress.say(table)
             progress.say(f"curves.png, predictions.png and metrics.jsonl: {workdir}")
-    except (NonFiniteLoss, Stopped):
+    except (NonFiniteLoss, Stopped, NotSaved):
         raise
     except Exception:
         # The data failed, say: what was learnt so far is kept. With several processes

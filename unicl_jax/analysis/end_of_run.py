@@ -69,7 +69,7 @@ def evaluation_table(
       A rich table that fits 80 columns.
     """
     table = Table()
-    table.add_column("zero-shot task")
+    table.add_column("task, by prompts")
     headers = ["ways", "top-1 %", "top-5 %", "chance %"]
     for header in headers + ["pixel 1-NN %"] * bool(nearest):
         table.add_column(header, justify="right")

@@ -1,12 +1,15 @@
 """A source that lies in memory; needs no TensorFlow."""
 
 import collections
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
 from unicl_jax.data.records import KINDS, NO_LABEL, Request, Rows
+from unicl_jax.data.sources import load_class_names
 from unicl_jax.errors import InputError, choose
 
 
@@ -61,24 +64,33 @@ class ArraySource:
         self.skipped = collections.Counter()
         if labels is not None:
             self.kind = "image_label"
-            if not np.issubdtype(np.asarray(labels).dtype, np.integer):
+            labels = np.asarray(labels)
+            if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
                 raise InputError(
-                    f'source "{name}": labels must be integers: got '
-                    f"{np.asarray(labels).dtype}; number the classes from 0."
+                    f'source "{name}": labels must be [n] integers: got '
+                    f"{labels.shape} {labels.dtype}; number the classes from 0."
                 )
-            self.labels = np.asarray(labels).astype(np.int32)
-            bad = np.flatnonzero((self.labels < 0) | (self.labels >= len(class_names)))
+            # In their own dtype: a cast first would wrap a large one around.
+            bad = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
             if len(bad):
                 raise InputError(
                     f'source "{name}": labels must be in [0, {len(class_names)}), one '
-                    f"class name each: got {self.labels[bad[0]]} at index {bad[0]}."
+                    f"class name each: got {labels[bad[0]]} at index {bad[0]}."
                 )
+            self.labels = labels.astype(np.int32)
             self.texts = [()] * len(images)
         else:
             self.kind = "image_text"
             self.labels = np.full(len(images), NO_LABEL, np.int32)
             self.texts = [(t,) if isinstance(t, str) else tuple(t) for t in texts]
-            empty = next((i for i, t in enumerate(self.texts) if not all(t or [0])), -1)
+            empty = next(
+                (
+                    i
+                    for i, each in enumerate(self.texts)
+                    if not each or not all(t.strip() for t in each)
+                ),
+                -1,
+            )
             if empty >= 0:
                 raise InputError(
                     f'source "{name}": captions must not be empty: got '
@@ -103,12 +115,13 @@ def make_npz_source(
 
     Args:
       name: the source's name.
-      config: `kind` and `path`.
+      config: `kind` and `path`; `class_names` may stand here, too.
       image_size: what the images must be, pixels.
       train: not used: nothing is cropped here.
 
     Returns:
-      The source.
+      The source. `images` are [n, S, S, 3] uint8, `labels` [n] integers, `class_names`
+      and `texts` strings; several texts an image are [n, k], filled up with "".
 
     Raises:
       InputError: if the file or an array is missing, or does not fit.
@@ -116,22 +129,31 @@ def make_npz_source(
     del train
     path = Path(config["path"])
     if not path.is_file():
+        what = "is a folder or a pattern" if path.exists() or "*" in str(path) else ""
         raise InputError(
-            f'source "{name}": path must be a .npz file: got "{path}", which is not '
-            "there."
+            f'source "{name}": path must be one .npz file: got "{path}", which '
+            f"{what or 'is not there'}."
         )
-    with np.load(path) as data:  # allow_pickle stays False: nothing is executed
-        arrays = {key: data[key] for key in data.files}
+    arrays = _load(name, path)
     kind = config.get("kind", KINDS[0])  # an evaluation need not say
     choose(dict.fromkeys(KINDS), kind, f'source "{name}": kind')
     labelled = kind == "image_label"
     needed = ["images", "labels", "class_names"] if labelled else ["images", "texts"]
+    if labelled and config.get("class_names"):
+        names = load_class_names(name, config["class_names"])
+        arrays["class_names"] = np.array(names)
     missing = [key for key in needed if key not in arrays]
     if missing:
         raise InputError(
             f'source "{name}": an {kind} .npz must hold {", ".join(needed)}: '
             f'"{path}" holds {", ".join(sorted(arrays))}.'
         )
+    for key in needed:
+        if not arrays[key].ndim:
+            raise InputError(
+                f'source "{name}": {key} must have one entry a record or a class: '
+                f'"{path}" holds a single {arrays[key].dtype}.'
+            )
     images = arrays["images"]
     if images.shape[1:3] != (image_size, image_size):
         raise InputError(
@@ -145,4 +167,34 @@ def make_npz_source(
             labels=arrays["labels"],
             class_names=[str(c) for c in arrays["class_names"]],
         )
-    return ArraySource(name, images, texts=[str(t) for t in arrays["texts"]])
+    texts = arrays["texts"]
+    if texts.ndim not in (1, 2) or texts.dtype.kind not in "US":
+        raise InputError(
+            f'source "{name}": texts must be strings, [n], or [n, k] for several an '
+            f"image: got {texts.shape} {texts.dtype}."
+        )
+    if texts.dtype.kind == "S":
+        texts = np.char.decode(texts, "utf-8")
+    # Rows of unlike length are filled up with "".
+    each = [[t for t in np.atleast_1d(row).tolist() if t] or [""] for row in texts]
+    return ArraySource(name, images, texts=each)
+
+
+def _load(name: str, path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, none of which may be pickled: nothing is executed."""
+    arrays, key = {}, None
+    try:
+        with open(path, "rb") as file, np.load(file) as data:
+            for key in data.files:
+                arrays[key] = data[key]
+    except (OSError, ValueError, EOFError, TypeError, BadZipFile, zlib.error) as error:
+        if key is not None and "Object arrays" in str(error):
+            raise InputError(
+                f'source "{name}": "{key}" in "{path}" holds Python objects: save '
+                "plain strings or numbers, as in names.astype(str)."
+            ) from error
+        raise InputError(
+            f'source "{name}": path must be a .npz file that np.savez wrote: "{path}" '
+            "cannot be read as one."
+        ) from error
+    return arrays

@@ -5,6 +5,7 @@ pixels are laid on white; EXIF rotation is not applied. Letters in shapes: H and
 pixels of the stored image.
 """
 
+import functools
 import os
 
 from unicl_jax.errors import InputError
@@ -14,6 +15,7 @@ from unicl_jax.errors import InputError
 SEPARATOR = b"\xff\x00\xff"
 
 
+@functools.cache  # set up once, before any function of ours is traced
 def import_tensorflow():
     """Imports TensorFlow, hidden from accelerators.
 

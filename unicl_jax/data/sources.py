@@ -49,7 +49,7 @@ def make_file_source(
     reader, known_names = make_reader(name, config)
     class_names = ()
     if kind == "image_label":
-        class_names = _load_class_names(name, config.get("class_names") or known_names)
+        class_names = load_class_names(name, config.get("class_names") or known_names)
     reader.check_fields(name)
     return FileSource(
         name,
@@ -71,7 +71,19 @@ def _kind(config: Mapping) -> str:
 CLASS_NAMES = {"imagenet": "imagenet.txt"}
 
 
-def _load_class_names(source: str, value) -> tuple[str, ...]:
+def load_class_names(source: str, value) -> tuple[str, ...]:
+    """Class names from a list, a text file with one a line, or a key of CLASS_NAMES.
+
+    Args:
+      source: the source's name, for errors.
+      value: what its config says.
+
+    Returns:
+      The names, in label order.
+
+    Raises:
+      InputError: if there is none, or a name is empty.
+    """
     if isinstance(value, str) and value in CLASS_NAMES:
         file = resources.files(__package__) / "class_names" / CLASS_NAMES[value]
         value = file.read_text(encoding="utf-8").splitlines()

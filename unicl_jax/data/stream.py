@@ -63,14 +63,17 @@ class FileSource:
         self._max_skips_in_a_row = max_skips_in_a_row
         pixels = make_preprocess(name, preprocess, image_size, train)
 
-        # One graph for the stream and for replacements, so that both round alike.
+        # One graph for the stream and for replacements, so that both round alike. No
+        # AutoGraph: nothing here needs it, and where it fails it prints what it saw,
+        # the whole environment with it.
         @tf.function(
+            autograph=False,
             input_signature=[
                 tf.TensorSpec([], tf.string),
                 tf.TensorSpec([], tf.string),
                 tf.TensorSpec([], tf.int64),
                 tf.TensorSpec([], tf.int64),
-            ]
+            ],
         )
         def process(payload, text, label, seed):
             image, text, label = reader.parse(payload, text, label)
@@ -164,7 +167,9 @@ class FileSource:
         )
         dataset = dataset.unbatch()
         dataset = dataset.map(
-            load_row, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+            tf.autograph.experimental.do_not_convert(load_row),
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
         )
         dataset = dataset.ignore_errors()  # drops what fails: `_finish` sees the gaps
         return dataset.batch(_CHUNK).prefetch(_READ_AHEAD)

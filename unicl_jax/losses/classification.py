@@ -52,7 +52,9 @@ def cross_entropy_loss(
     own = jnp.take_along_axis(
         logits, jnp.where(known, labels, 0)[:, None], axis=1, mode="clip"
     )[:, 0]
-    at_target = (1 - label_smoothing) * own + label_smoothing * logits.mean(1)
+    # -inf, a class masked out, has no share in a mean of weight 0.
+    rest = jnp.where(label_smoothing == 0, 0, label_smoothing * logits.mean(1))
+    at_target = (1 - label_smoothing) * own + rest
     losses = jax.nn.logsumexp(logits, axis=1) - at_target
     return jnp.where(counted, jnp.where(known, losses, jnp.nan), 0)
 

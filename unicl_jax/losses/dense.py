@@ -20,7 +20,7 @@ def pair_sums(u, v, scale, labels, ids, keep, axis_name) -> PairSums:
     Each device holds its images against all texts. An image's softmax is then local; a
     text's is a sum over devices of column sums, scattered back to the text's owner.
     Arguments and result as for `blockwise.pair_sums`; plain operations throughout, so
-    that forward-mode and higher derivatives work, too.
+    that forward-mode derivatives work, too.
     """
 
     def total_of_mine(columns):
@@ -65,7 +65,7 @@ def pair_sums(u, v, scale, labels, ids, keep, axis_name) -> PairSums:
             row_sums, column_sums = (
                 jnp.where(keep, x, 1) for x in (row_sums, column_sums)
             )
-        return shift + jnp.log(row_sums), shift + jnp.log(column_sums)
+        return shift + _log(row_sums), shift + _log(column_sums)
 
     @jax.checkpoint  # keeps nothing: this branch is hardly ever taken
     def own_shifts(row_sums, column_sums, u, all_v, scale):
@@ -97,3 +97,12 @@ def pair_sums(u, v, scale, labels, ids, keep, axis_name) -> PairSums:
         total_of_mine(at_positives.sum(0)),
         positive.sum(1),
     )
+
+
+def _log(x):
+    """log x of large x: its second derivative, 1/x^2, is below the least float32.
+
+    Of x over what x is, as a constant, all derivatives are of moderate size.
+    """
+    unit = lax.stop_gradient(1 / x)
+    return jnp.log(x * unit) - jnp.log(unit)

@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unicl_jax.losses.checks import check_choice, check_float, check_labels, check_rows
+from unicl_jax.losses.checks import (
+    check_arrays,
+    check_choice,
+    check_float,
+    check_labels,
+    check_rows,
+)
 from unicl_jax.losses.pairs import gather, place, positive_mask
 
 AVERAGES = ("anchor", "pair")
@@ -56,7 +62,8 @@ def mp_nce_loss(
     the form of l_ip is as published re-implementations have it, the domain pairs'
     scales and offsets, the weights and the average are reconstructed: our reading.
     """
-    if embeddings.ndim != 2:
+    check_arrays(embeddings=embeddings)
+    if embeddings.ndim != 2 or not embeddings.size:
         raise ValueError(f"embeddings must be [n, dim]: got {embeddings.shape}.")
     check_float(embeddings=embeddings, scales=scales, offsets=offsets)
     n = embeddings.shape[0]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 WHOLE = frozenset({"scales", "offsets", "pair_weights"})
 """Arguments of losses that are arrays and yet the same for all rows."""
@@ -55,6 +55,14 @@ def sharded(
             else PartitionSpec(batch_axes)
             for k, x in arrays.items()
         }
+
+        if any(kind is AxisType.Explicit for kind in mesh.axis_types):
+            # Under such axes nothing moves by itself: an array that lies whole on each
+            # device is not taken for one that is divided.
+            arrays = {
+                k: jax.sharding.reshard(x, NamedSharding(mesh, specs[k]))
+                for k, x in arrays.items()
+            }
 
         def local(arrays):
             return loss_fn(**arrays, **options, axis_name=batch_axes)

@@ -4,7 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unicl_jax.losses.checks import check_choice, check_pairs
+from unicl_jax.losses.checks import (
+    check_block_size,
+    check_choice,
+    check_float,
+    check_pairs,
+)
 from unicl_jax.losses.pairs import (
     NO_LABEL,
     gather,
@@ -57,16 +62,17 @@ def siglip_loss(
     label are ours.
     """
     u, v = image_embeddings, text_embeddings
-    b = u.shape[0]
+    check_float(image_embeddings=u, text_embeddings=v)
     if labels is None:
-        labels = jnp.full(b, NO_LABEL, jnp.int32)
+        labels = jnp.full(u.shape[:1], NO_LABEL, jnp.int32)
     check_pairs(u, v, labels, logit_scale, where)
     check_choice("implementation", implementation, IMPLEMENTATIONS)
     if jnp.ndim(logit_bias) != 0:
         raise ValueError(
             f"logit_bias must be a scalar: got shape {jnp.shape(logit_bias)}."
         )
-    low = jnp.promote_types(u.dtype, v.dtype)
+    check_block_size(block_size)
+    b, low = u.shape[0], jnp.promote_types(u.dtype, v.dtype)
     dtype = jnp.promote_types(low, jnp.float32)
     keep = jnp.ones(b, bool) if where is None else where
     u, v = (jnp.where(keep[:, None], x, 0).astype(low) for x in (u, v))

@@ -61,7 +61,9 @@ def soft_target_loss(
     def along(axis):
         normalizer = jax.nn.logsumexp(logits, axis=axis, where=kept)
         total = targets.sum(axis)
-        at_targets = (targets * logits).sum(axis) / jnp.where(total == 0, 1, total)
+        # -inf, a pair masked out, counts for nothing where it is no target.
+        products = targets * jnp.where(targets == 0, 0, logits)
+        at_targets = products.sum(axis) / jnp.where(total == 0, 1, total)
         return jnp.where(total == 0, 0, normalizer - at_targets)
 
     choices = {

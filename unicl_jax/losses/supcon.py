@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from unicl_jax.losses.checks import check_choice, check_float, check_labels, check_rows
+from unicl_jax.losses.checks import (
+    check_arrays,
+    check_choice,
+    check_float,
+    check_labels,
+    check_rows,
+)
 from unicl_jax.losses.pairs import gather, place, positive_mask
 
 ANCHORS = ("all", "one")
@@ -48,7 +54,8 @@ def supcon_loss(
       official
     code for T0 and anchors without positives.
     """
-    if embeddings.ndim != 3:
+    check_arrays(embeddings=embeddings)
+    if embeddings.ndim != 3 or not embeddings.size:
         raise ValueError(
             f"embeddings must be [batch, views, dim]: got {embeddings.shape}."
         )

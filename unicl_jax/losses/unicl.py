@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from unicl_jax.losses import blockwise, dense
-from unicl_jax.losses.checks import check_choice, check_pairs
+from unicl_jax.losses.checks import check_block_size, check_choice, check_pairs
 from unicl_jax.losses.pairs import NO_LABEL, place
 from unicl_jax.losses.sweep import Plan
 
@@ -79,7 +79,7 @@ def unicl_loss(
         in tiles, again for the gradient, and holds what grows with the batch, not its
         square. "ring" does so too, and passes the texts from device to device instead
         of gathering them. The same numbers to round-off. "auto": dense up to
-        DENSE_UNTIL logits a device, then blockwise. Forward-mode and second
+        DENSE_UNTIL logits a device, then blockwise. Forward-mode
         derivatives: dense only.
       block_size: rows and columns of a tile, for blockwise and ring; BLOCK_SIZE if
         None.
@@ -206,7 +206,8 @@ def _pair_sums(u, v, logit_scale, labels, keep, axis_name, implementation, block
     b = u.shape[0]
     low = jnp.promote_types(u.dtype, v.dtype)
     scale = jnp.asarray(logit_scale, jnp.promote_types(low, jnp.float32))
-    u, v, labels = u.astype(low), v.astype(low), labels.reshape(b, -1)
+    u, v = u.astype(low), v.astype(low)
+    labels = jnp.asarray(labels).reshape(b, -1)
     ids = place(b, axis_name)
     if implementation == "auto":
         devices = 1 if axis_name is None else lax.axis_size(axis_name)
@@ -226,7 +227,4 @@ def _check_block_size(block_size, implementation):
             'block_size must be None unless implementation is "blockwise" or "ring": '
             f"got {block_size} for {implementation!r}."
         )
-    if not isinstance(block_size, int) or block_size < 1:
-        raise ValueError(
-            f"block_size must be a positive Python integer or None: got {block_size!r}."
-        )
+    check_block_size(block_size)
