@@ -221,6 +221,5 @@ class Trainer:
             train.run(self._config, workdir)
         lines = metrics.read(Path(workdir))
         laps = [x for x in lines if "step_seconds" in x]
-        # The first began with batches read ahead while the step was compiled, and the
-        # second with what that left in the queue.
-        return [(x["step_seconds"], x["data_wait"]) for x in laps[2:]]
+        # The first began with batches read ahead while the step was compiled.
+        return [(x["step_seconds"], x["data_wait"]) for x in laps[1:]]

@@ -186,13 +186,13 @@ class Clock:
 
 def test_a_lap_tells_steps_waits_and_images(monkeypatch):
     watch = Clock(monkeypatch)
-    timer, batches = StepTimer(), watch.batches(1, 3, 0)
+    timer, batches = StepTimer(10), watch.batches(1, 3, 0)
     assert timer.next_batch(batches) == 1
     watch.now += 2
     assert timer.next_batch(batches) == 3
     watch.now += 2
     # 8 seconds for 2 steps, of which 4 were waiting.
-    assert timer.lap(batch_size=32) == {
+    assert timer.lap(12, batch_size=32) == {
         "step_seconds": 4.0,
         "data_wait": 0.5,
         "images_per_second": 8.0,
@@ -200,21 +200,33 @@ def test_a_lap_tells_steps_waits_and_images(monkeypatch):
     # The lap starts the next one.
     timer.next_batch(batches)
     watch.now += 1
-    assert timer.lap(32) == {
+    assert timer.lap(13, 32) == {
         "step_seconds": 1.0,
         "data_wait": 0.0,
         "images_per_second": 32.0,
     }
 
 
+def test_a_batch_read_ahead_is_no_step_done(monkeypatch):
+    """The loop takes the next batch before it looks at the step before."""
+    watch = Clock(monkeypatch)
+    timer, batches = StepTimer(0), watch.batches(0, 0, 0)
+    for _ in range(3):
+        timer.next_batch(batches)
+        watch.now += 2
+    assert timer.lap(2, 32)["step_seconds"] == 3.0  # 6 seconds, two steps done
+    watch.now += 2
+    assert timer.lap(3, 32)["step_seconds"] == 2.0  # the last: no batch was taken
+
+
 def test_a_lap_without_a_step_tells_nothing(monkeypatch):
     watch = Clock(monkeypatch)
-    timer = StepTimer()
+    timer = StepTimer(4)
     watch.now += 5
-    assert timer.lap(32) == {}
+    assert timer.lap(4, 32) == {}
     timer.next_batch(watch.batches(1))
-    timer.restart()  # an evaluation, say: what came before is forgotten
-    assert timer.lap(32) == {}
+    timer.restart(5)  # an evaluation, say: what came before is forgotten
+    assert timer.lap(5, 32) == {}
 
 
 # --- The console.

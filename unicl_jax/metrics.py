@@ -90,40 +90,49 @@ def read(workdir: Path) -> list[dict[str, float]]:
 class StepTimer:
     """Where the time between two log lines went; evaluation and saving are left out."""
 
-    def __init__(self):
-        """Starts the clock."""
-        self.restart()
+    def __init__(self, step: int):
+        """Starts the clock.
 
-    def restart(self) -> None:
-        """Forgets what was counted: after compiling, evaluating or saving."""
-        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        Args:
+          step: how many were made before.
+        """
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Forgets what was counted: after compiling, evaluating or saving.
+
+        Args:
+          step: the last one that is done.
+        """
+        self._start, self._waited, self._step = time.perf_counter(), 0.0, step
 
     def next_batch(self, batches: Iterator):
         """Takes a batch, counting the wait for it."""
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
-        self._steps += 1
         return batch
 
-    def lap(self, batch_size: int) -> dict[str, float]:
+    def lap(self, step: int, batch_size: int) -> dict[str, float]:
         """What was counted since the last lap, or {} if no step was.
 
         Args:
+          step: the last one that is done; later ones may be on their way.
           batch_size: global.
 
         Returns:
           `step_seconds`, `data_wait` (fraction of it) and `images_per_second`.
         """
-        if not self._steps:
+        steps = step - self._step
+        if not steps:
             return {}
         seconds = max(time.perf_counter() - self._start, 1e-9)
         scalars = {
-            "step_seconds": seconds / self._steps,
+            "step_seconds": seconds / steps,
             "data_wait": self._waited / seconds,
-            "images_per_second": self._steps * batch_size / seconds,
+            "images_per_second": steps * batch_size / seconds,
         }
-        self.restart()
+        self.restart(step)
         return scalars
 
 

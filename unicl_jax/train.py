@@ -49,7 +49,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       Stopped: after saving.
       NotSaved: if a checkpoint could not be written.
     """
-    # 1. All that can be wrong with the config, before anything costs time.
+    # 1. All that can be wrong with the config itself, before anything costs time.
     is_first = jax.process_index() == 0
     config_lib.validate(config, jax.device_count(), jax.process_count())
     kinds = [source.kind for source in config.data.sources.values()]
@@ -124,7 +124,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     #    hides behind the device's.
     metrics = Metrics(workdir, first_step, active=is_first)
     progress = ConsoleProgress(config.total_steps, first_step, active=is_first)
-    timer, stop = StepTimer(), _StopRequest()
+    timer, stop = StepTimer(first_step), _StopRequest()
     scores: dict[str, evaluation.Scores] = {}
     pending = None  # the step before: its number, its scalars still on the device
 
@@ -144,7 +144,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             )
         if step % config.log_every_steps == 0 or step == config.total_steps:
             scalars = {k: float(v) for k, v in scalars.items()}
-            scalars |= timer.lap(config.batch_size)
+            scalars |= timer.lap(step, config.batch_size)
             scalars |= {f"skipped/{k}": v for k, v in batches.skipped().items()}
             epochs = batches.sampler.epochs(step)
             scalars |= {f"epochs/{k}": v for k, v in epochs.items()}
@@ -190,7 +190,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 jax.block_until_ready(scalars)
                 progress.say(f"compiled in {time.perf_counter() - start:.1f} s")
                 progress.status("training")
-                timer.restart()
+                timer.restart(step)
             write_pending()
             pending = (step, scalars)
             stopping = stop.requested(step)
@@ -203,7 +203,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                     save()
                 if evaluating and not stopping and step < config.total_steps:
                     evaluate(step)
-                timer.restart()
+                timer.restart(step)
             if stopping:
                 raise Stopped(f"stopped at step {step}, saved.", stopping)
         # 6. The end: the last evaluation, a table and two pictures.

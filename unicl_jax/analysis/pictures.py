@@ -109,7 +109,7 @@ def draw_predictions(
             fontsize=9,
         )
     figure.suptitle(
-        "Held-out images: the name given, and in brackets the right one", fontsize=10
+        "Evaluation images: the name given, and in brackets the right one", fontsize=10
     )
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
