@@ -1,6 +1,7 @@
 """What the benchmarks share: workers in processes of their own, and the machine."""
 
 import importlib.metadata
+import json
 import multiprocessing
 import os
 import re
@@ -10,6 +11,7 @@ import time
 import traceback
 from pathlib import Path
 
+RESULTS = Path(__file__).parent / "results"
 BUSY = 0.25  # load for each core above which others are at work, too
 START = time.perf_counter()
 
@@ -150,3 +152,45 @@ def command(module):
 def say(what):
     """A line to the terminal with the seconds since the start."""
     print(f"{time.perf_counter() - START:4.0f} s  {what}", file=sys.stderr, flush=True)
+
+
+def markdown(prefix, title, rows_of):
+    """The section of docs/performance.md, from every result of one benchmark.
+
+    `title(found)` and `rows_of(found)` make a line and a table of a file's content.
+    """
+    lines = []
+    for path in sorted(RESULTS.glob(f"{prefix}_*.json")):
+        found = json.loads(path.read_text())
+        header, *rows = rows_of(found)
+        libraries = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if v)
+        lines += [
+            f"**{title(found)}**",
+            "",
+            f"`{found['command']}`, {found['date']}, {libraries}:",
+            "",
+            "| " + " | ".join(header) + " |",
+            "|---" + "|--:" * len(header[1:]) + "|",
+        ]
+        lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    return "\n".join(lines)
+
+
+def aligned(title, rows):
+    """A table for a terminal: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [title]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def write(found, prefix, out):
+    """Writes a result as JSON: to `out`, or under its device's name in RESULTS."""
+    kind = found["machine"].get("device_kind", "cpu").lower()
+    device = re.sub(r"\W+", "_", kind).strip("_")
+    out = out or RESULTS / f"{prefix}_{device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n")

@@ -12,10 +12,8 @@ says what is compared.
 import argparse
 import datetime
 import importlib.util
-import json
 import math
 import os
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -26,7 +24,6 @@ from benchmarks import harness
 from benchmarks.harness import Worker, say
 from unicl_jax.host_memory import restart_with_huge_pages
 
-RESULTS = Path(__file__).parent / "results"
 SCALE = 20.0
 MIN_SAMPLE_SECONDS = 0.2
 MIB = 2**20
@@ -323,25 +320,6 @@ def title(found):
     )
 
 
-def markdown():
-    """The section of docs/performance.md, from every result there is."""
-    lines = []
-    for path in sorted(RESULTS.glob("loss_*.json")):
-        found = json.loads(path.read_text())
-        header, *rows = rows_of(found)
-        versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if v)
-        lines += [
-            f"**{title(found)}**",
-            "",
-            f"`{found['command']}`, {found['date']}, {versions}:",
-            "",
-            "| " + " | ".join(header) + " |",
-            "|--:" * len(header) + "|",
-        ]
-        lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
-    return "\n".join(lines)
-
-
 def _list_of(kind):
     return lambda text: [kind(item) for item in text.split(",")]
 
@@ -371,21 +349,12 @@ def main(argv):
     """Measures, prints a table and writes JSON; or prints what was measured before."""
     options = _options(argv)
     if options.markdown:
-        print(markdown())
+        print(harness.markdown("loss", title, rows_of))
         return
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = measure(options)
-    kind = found["machine"].get("device_kind", "cpu").lower()
-    device = re.sub(r"\W+", "_", kind).strip("_")
-    out = options.out or RESULTS / f"loss_{device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    rows = rows_of(found)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    print(title(found))
-    for row in rows:
-        cells = [cell.rjust(w) for cell, w in zip(row, widths, strict=True)]
-        print("  ".join(cells).rstrip())
+    harness.write(found, "loss", options.out)
+    print(harness.aligned(title(found), rows_of(found)))
 
 
 if __name__ == "__main__":

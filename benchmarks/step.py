@@ -11,10 +11,8 @@ asked sleeps. `benchmarks/README.md` says what each row of the table means.
 
 import argparse
 import datetime
-import json
 import math
 import os
-import re
 import runpy
 import statistics
 import sys
@@ -25,7 +23,7 @@ import numpy as np
 
 from benchmarks import harness
 from benchmarks.harness import Worker, say
-from benchmarks.step_report import RESULTS, markdown, text_table
+from benchmarks.step_report import table, title
 from unicl_jax.host_memory import restart_with_huge_pages
 
 ROOT = Path(__file__).parent.parent
@@ -343,16 +341,13 @@ def main(argv):
     """Measures, prints a table and writes JSON; or prints what was measured before."""
     options = _options(argv)
     if options.markdown:
-        print(markdown())
+        print(harness.markdown("step", title, table))
         return
     # The frameworks share the device's memory: neither may take all of it at once.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = measure(options)
-    device = re.sub(r"\W+", "_", found["machine"]["device_kind"].lower()).strip("_")
-    out = options.out or RESULTS / f"step_{options.recipe}_{device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    print(text_table(found))
+    harness.write(found, f"step_{options.recipe}", options.out)
+    print(harness.aligned(title(found), table(found)))
 
 
 if __name__ == "__main__":

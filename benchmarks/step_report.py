@@ -1,12 +1,9 @@
 """The tables of `step.py`, for the terminal and for docs/performance.md."""
 
-import json
 import statistics
-from pathlib import Path
 
 from benchmarks.harness import shared_with_others
 
-RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 
 
@@ -84,37 +81,6 @@ def title(found):
         f"{found['text_rows']} texts of {found['text_slots']}, {found['dtype']}; "
         f"{device}" + " (shared with other work)" * busy
     )
-
-
-def text_table(found):
-    """`table`, aligned, for a terminal."""
-    rows = table(found)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [title(found)]
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def markdown():
-    """The section of docs/performance.md, from every result there is."""
-    lines = []
-    for path in sorted(RESULTS.glob("step_*.json")):
-        found = json.loads(path.read_text())
-        header, *rows = table(found)
-        versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if v)
-        lines += [
-            f"**{title(found)}**",
-            "",
-            f"`{found['command']}`, {found['date']}, {versions}:",
-            "",
-            "| " + " | ".join(header) + " |",
-            "|---" + "|--:" * len(header[1:]) + "|",
-        ]
-        lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
-    return "\n".join(lines)
 
 
 def _number(x):

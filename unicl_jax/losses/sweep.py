@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from unicl_jax.losses.pairs import gather
+
 Axes = str | tuple[str, ...] | None
 
 
@@ -56,9 +58,7 @@ def sweep(
     if plan.ring:
         return _around(tile, rows, columns, row_totals, column_totals, plan, combine)
     count = lax.axis_size(plan.axis_name)
-    columns = jax.tree.map(
-        lambda x: lax.all_gather(x, plan.axis_name, tiled=True), columns
-    )
+    columns = gather(columns, plan.axis_name)
     starts = jax.tree.map(lambda x: jnp.concatenate([x] * count), column_totals)
     row_totals, of_all = _local(tile, rows, columns, row_totals, starts, plan, combine)
     return row_totals, jax.tree.map(lambda x: _home(x, plan, combine, count), of_all)
