@@ -18,6 +18,7 @@ from unicl_jax.losses.pairs import (
     enough,
     largest_logit,
     positive_mask,
+    product,
     varying_zero,
 )
 from unicl_jax.losses.sweep import Plan, sweep
@@ -157,7 +158,7 @@ def _backward(plan, residuals, cotangents):
     def run(softmaxes):
         def tile(image, text):
             image, s = image
-            cosines = _dot(image.side.embeddings, text.side.embeddings.T)
+            cosines = product(image.side.embeddings, text.side.embeddings.T)
             d = softmaxes(s[:, None] * cosines, image, text)
             if keep is not None:
                 d = jnp.where(image.side.keep[:, None] & text.side.keep[None], d, 0)
@@ -168,8 +169,8 @@ def _backward(plan, residuals, cotangents):
             dscale = (d * cosines).sum(1)
             d = d.astype(low)
             # Transposed after the product: d as it lies is the faster operand.
-            of_texts = lax.optimization_barrier(_dot(image.side.embeddings.T, d)).T
-            return (_dot(d, text.side.embeddings), dscale), (of_texts,)
+            of_texts = lax.optimization_barrier(product(image.side.embeddings.T, d)).T
+            return (product(d, text.side.embeddings), dscale), (of_texts,)
 
         return sweep(
             tile,
@@ -215,17 +216,7 @@ class _Backward(NamedTuple):
 
 
 def _logits(image, text, scale):
-    return scale[:, None] * _dot(image.embeddings, text.embeddings.T)
-
-
-def _dot(a, b):
-    # Full products for float32 input: by default it is bfloat16 on TPU, TF32 on GPU.
-    return jnp.matmul(
-        a,
-        b,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
-    )
+    return scale[:, None] * product(image.embeddings, text.embeddings.T)
 
 
 def _positive(image, text):

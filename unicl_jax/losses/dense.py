@@ -11,6 +11,7 @@ from unicl_jax.losses.pairs import (
     gather,
     largest_logit,
     positive_mask,
+    product,
 )
 
 
@@ -38,17 +39,10 @@ def pair_sums(u, v, scale, labels, ids, keep, axis_name) -> PairSums:
         positive &= both_kept
 
     def logits_of(u, all_v, scale):
-        # Full products for float32 input: by default bfloat16 on TPU, TF32 on GPU. The
-        # barrier keeps the texts transposed in memory, and with them their gradient,
-        # which XLA's CPU backend otherwise makes from a transposed [b, B] matrix: five
-        # times slower than from the matrix as it lies.
-        dtype = jnp.promote_types(u.dtype, jnp.float32)
-        return scale * jnp.matmul(
-            u,
-            lax.optimization_barrier(all_v.T),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=dtype,
-        )
+        # The barrier keeps the texts transposed in memory, and with them their
+        # gradient, which XLA's CPU backend otherwise makes from a transposed [b, B]
+        # matrix: five times slower than from the matrix as it lies.
+        return scale * product(u, lax.optimization_barrier(all_v.T))
 
     logits = logits_of(u, all_v, scale)
     # One shift for all pairs, so that one exponential serves both directions. Any shift

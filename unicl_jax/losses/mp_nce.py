@@ -11,7 +11,7 @@ from unicl_jax.losses.checks import (
     check_labels,
     check_rows,
 )
-from unicl_jax.losses.pairs import gather, place, positive_mask
+from unicl_jax.losses.pairs import gather, place, positive_mask, product
 
 AVERAGES = ("anchor", "pair")
 
@@ -93,9 +93,7 @@ def mp_nce_loss(
     all_z, all_labels, all_ids, all_domains, all_keep = columns
 
     pair = domains[:, None] + all_domains[None]  # 0, 1, 2: image-image .. text-text
-    cosines = jnp.matmul(
-        z, all_z.T, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
-    )
+    cosines = product(z, all_z.T)
     scales, offsets = jnp.asarray(scales, dtype), jnp.asarray(offsets, dtype)
     logits = scales[pair] * (cosines - offsets[pair])
     same = positive_mask(labels, all_labels, ids, all_ids)

@@ -29,6 +29,19 @@ class PairSums(NamedTuple):
     num_positives: jax.Array  # [b]
 
 
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b, accumulated and returned in float32 at least.
+
+    In full products for float32 input: by default bfloat16 on TPU, TF32 on GPU.
+    """
+    return jnp.matmul(
+        a,
+        b,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
+    )
+
+
 def gather(tree, axis_name):
     """[b, ...] of each device -> [B, ...] of all; as it is without an axis name."""
     if axis_name is None:

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from unicl_jax.losses.checks import (
     check_block_size,
@@ -15,6 +14,7 @@ from unicl_jax.losses.pairs import (
     gather,
     place,
     positive_mask,
+    product,
     varying_zero,
 )
 from unicl_jax.losses.sweep import Plan, sweep
@@ -81,10 +81,7 @@ def siglip_loss(
     def tile(row, column):
         (u, row_labels, row_ids, row_keep) = row
         (v, column_labels, column_ids, column_keep) = column
-        cosines = jnp.matmul(
-            u, v.T, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
-        )
-        logits = logit_scale * cosines + logit_bias
+        logits = logit_scale * product(u, v.T) + logit_bias
         positive = positive_mask(row_labels, column_labels, row_ids, column_ids)
         losses = jax.nn.softplus(jnp.where(positive, -logits, logits))
         kept = row_keep[:, None] & column_keep[None]

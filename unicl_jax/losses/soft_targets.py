@@ -2,9 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from unicl_jax.losses.pairs import positive_mask
+from unicl_jax.losses.pairs import positive_mask, product
 
 
 def soft_target_loss(
@@ -109,10 +108,4 @@ def pair_logits(
     Returns:
       [batch, batch] float32 (float64 when given float64).
     """
-    dtype = jnp.promote_types(image_embeddings.dtype, jnp.float32)
-    return logit_scale * jnp.matmul(
-        image_embeddings,
-        text_embeddings.T,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=dtype,
-    )
+    return logit_scale * product(image_embeddings, text_embeddings.T)

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from unicl_jax.losses.checks import (
     check_arrays,
@@ -11,7 +10,7 @@ from unicl_jax.losses.checks import (
     check_labels,
     check_rows,
 )
-from unicl_jax.losses.pairs import gather, place, positive_mask
+from unicl_jax.losses.pairs import gather, place, positive_mask, product
 
 ANCHORS = ("all", "one")
 
@@ -64,7 +63,6 @@ def supcon_loss(
     check_labels(labels, batch)
     check_rows(batch, where)
     check_choice("anchors", anchors, ANCHORS)
-    dtype = jnp.promote_types(embeddings.dtype, jnp.float32)
     keep = jnp.ones(batch, bool) if where is None else where
     z = jnp.where(keep[:, None, None], embeddings, 0)
     ids, labels = place(batch, axis_name), labels.reshape(batch, -1)
@@ -72,13 +70,7 @@ def supcon_loss(
 
     num_anchors = views if anchors == "all" else 1
     anchor_z = z[:, :num_anchors].reshape(-1, dim)
-    logits = jnp.matmul(
-        anchor_z,
-        all_z.reshape(-1, dim).T,
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=dtype,
-    )
-    logits /= temperature
+    logits = product(anchor_z, all_z.reshape(-1, dim).T) / temperature
     same = positive_mask(labels, all_labels, ids, all_ids)
     kept = keep[:, None] & all_keep[None]
     # Images to views: anchors are rows (image, view), contrasts columns (image, view).
