@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from unicl_jax import data, encoders, losses, sharding
-from unicl_jax.augment import make_augment, normalize
+from unicl_jax.augment import make_views, normalize
 from unicl_jax.encoders.weights import from_unicl
 from unicl_jax.objectives import make_objective
 from unicl_jax.optimizer import make_optimizer
@@ -50,7 +50,7 @@ class Ours:
         self._optimizer, schedule = make_optimizer(config.optimizer, config.total_steps)
         self._loss = losses.sharded(losses.unicl_loss_and_aux, self._mesh)
         objective = make_objective(config.objective, self._model, self._mesh)
-        self._augment = make_augment(config.augment)
+        self._make_views = make_views(config.augment)
         self._seed = config.seed
         whole = sharding.replicated(self._mesh)
         rows = sharding.over_batch(self._mesh)
@@ -64,7 +64,7 @@ class Ours:
                 objective,
                 self._optimizer,
                 schedule,
-                self._augment,
+                self._make_views,
                 seed=self._seed,
             ),
             in_shardings=(whole, rows, None),
@@ -111,7 +111,7 @@ class Ours:
 
         def loss(params, model_state, batch, step):
             keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), 3)
-            images = self._augment(keys[0], batch["image"])
+            images = self._make_views(keys[0], batch["image"]).images[:, 0]
             return self._embed_and_compare(params, model_state, images, batch, keys)
 
         arguments = self._arguments()

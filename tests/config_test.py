@@ -96,6 +96,17 @@ def test_counts_must_be_whole_and_positive(field, value):
         ("augment.shift", -1, "in [0, 32) pixels"),
         ("augment.shift", 32, "in [0, 32) pixels"),
         ("augment.color", 1.0, "in [0, 1)"),
+        ("augment.crop", 0.0, "in (0, 1], a share of the area"),
+        ("augment.crop", 1.5, "in (0, 1], a share of the area"),
+        ("augment.crop", float("nan"), "finite"),
+        ("augment.grayscale", 1.1, "in [0, 1], a probability"),
+        ("augment.blur", -1.0, "in [0, 32) pixels"),
+        ("strong_augment.shift", 32, "in [0, 32) pixels"),
+        ("views", 0, "a whole number from 1 to 16"),
+        ("views", 1.5, "a whole number from 1 to 16"),
+        ("views", True, "a whole number from 1 to 16"),
+        ("data.image_size", 31, "a whole number of at least model.image.image_size"),
+        ("frozen", "image", "a tuple of names"),
         ("augment.color", -0.1, "in [0, 1)"),
         ("optimizer.learning_rate", float("inf"), "finite"),
         ("seed", 10**20, "in [0, 2^31)"),
@@ -119,12 +130,24 @@ def test_a_number_out_of_range_is_refused_by_name_and_value(field, value, must):
     put(config, field, value)
     message = refusal(config)
     assert message.startswith(f"{field} must be {must}")
-    assert f"got {value}" in message
+    assert f"got {value}" in message.replace("'", "")
+
+
+def test_a_part_that_does_not_exist_cannot_be_frozen():
+    config = good()
+    config.frozen = ("image_projektion",)
+    assert 'did you mean "image_projection"' in refusal(config)
+    config.frozen = ("image_projection", "logit_scale")  # no tower: init_from or not
+    validate(config, DEVICES)
 
 
 @pytest.mark.parametrize(
     "field, value",
     [
+        ("augment.crop", 1e-3),
+        ("augment.grayscale", 1.0),
+        ("views", 16),
+        ("data.image_size", 32),
         ("optimizer.final_learning_rate", 0.0),
         ("optimizer.weight_decay", 0.0),
         ("optimizer.clip_norm", 0.0),
@@ -398,6 +421,10 @@ def recipe(path, variant):
 @pytest.mark.parametrize("path, variant", ALL, ids=lambda x: getattr(x, "stem", x))
 def test_every_recipe_validates_and_its_model_and_optimizer_build(path, variant):
     config = recipe(path, variant)
+    if config.frozen:
+        with pytest.raises(InputError, match="init_from is not set; pass --config.in"):
+            validate(config, DEVICES)
+        config.init_from = "runs/the_stage_before"
     validate(config, DEVICES)
     # `train.run` reads these three for the data, whatever the towers' defaults are.
     for tower, option in (

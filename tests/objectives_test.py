@@ -7,21 +7,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from unicl_jax import objectives, train
-from unicl_jax.augment import make_augment, normalize
+from unicl_jax.augment import PARAMETERS, make_views, normalize
 from unicl_jax.data import make_source
-from unicl_jax.encoders import Encoder, make_two_tower
+from unicl_jax.encoders import Encoder, heads, make_two_tower
 from unicl_jax.errors import InputError
 from unicl_jax.evaluation import ZeroShotTask, make_encoders
 from unicl_jax.losses import NO_LABEL
+from unicl_jax.objectives.objective import row_labels
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
 
 BATCH, VOCAB, CONCEPTS = 16, 32, 6
 BASELINES = sorted((Path(__file__).parents[1] / "configs/baselines").glob("*.py"))
+VIEWS = {"supcon": 2, "uniclip": 3}
 LABELS_ONLY = {k for k, v in objectives.OBJECTIVES.items() if v.labels_only}
 OPTIMIZER = dict(
     name="adamw",
@@ -77,8 +80,9 @@ def make_batch(labels_only):
 def setup(name, mesh=None):
     objective = objectives.make_objective(name, model(), mesh, CONCEPTS)
     optimizer, schedule = make_optimizer(OPTIMIZER, 1000)
-    still = make_augment(dict(shift=0, color=0.0, flip=False))
-    step = make_train_step(model(), objective, optimizer, schedule, still)
+    still, count = dict(shift=0, color=0.0, flip=False), VIEWS.get(name, 1)
+    views = make_views(still, dict(color=0.1, crop=0.7), views=count)
+    step = make_train_step(model(), objective, optimizer, schedule, views)
     state = jax.jit(lambda: init_state(model(), objective, optimizer, 0))()
     return step, state, objective
 
@@ -94,21 +98,22 @@ def test_it_learns_a_batch_and_its_labels_can_be_read_off(name, make_mesh):
         assert np.isfinite(list(metrics.values())).all()
     assert losses[-1] < 0.7 * losses[0]
     # Two tasks are two spaces: the classifier knows the classes, the texts don't.
-    labelled = batch["label"] != NO_LABEL
-    classifier = objective.classifier
     if name == "multitask":
-        classifier = setup("cross_entropy")[2].classifier
-    if classifier is None:
-        images = model().encode_image(
-            state.params, state.model_state, normalize(batch["image"])
-        )[0]
+        objective = setup("cross_entropy")[2]
+    labelled = batch["label"] != NO_LABEL
+    images = normalize(batch["image"])
+    if objective.encode_image is None:
+        images = model().encode_image(state.params, state.model_state, images)[0]
+    else:
+        images = objective.encode_image(state.params, state.model_state, images)
+    if name == "supcon":  # it has no names: the mean of a class stands for it
+        classes = [np.mean(images[batch["label"] == k], 0) for k in range(CONCEPTS)]
+        classes = jnp.array(classes)
+    elif objective.concepts is None:
         texts = np.tile(np.arange(CONCEPTS)[:, None], 3)
         classes = model().encode_text(state.params, state.model_state, texts)[0]
     else:
-        images = classifier.image(
-            state.params, state.model_state, normalize(batch["image"])
-        )
-        classes = classifier.concepts(state.params)
+        classes = objective.concepts(state.params)
     best = np.asarray((images @ classes.T).argmax(1))
     assert (best == batch["label"])[labelled].mean() > 0.9
 
@@ -153,33 +158,131 @@ def test_one_way_and_unicl_differ_and_share_their_directions():
     assert abs(one["loss"] - both["loss"]) > 1e-3
 
 
+def check(name, *kinds, views=1, evaluations=()):
+    sources = {f"source_{i}": {"kind": kind} for i, kind in enumerate(kinds)}
+    objectives.check(
+        {
+            "objective": name,
+            "views": views,
+            "data": {"sources": sources},
+            "evaluations": dict.fromkeys(evaluations),
+        }
+    )
+
+
 @pytest.mark.parametrize("name", sorted(LABELS_ONLY))
 def test_captions_are_refused_where_every_image_needs_a_class(name):
-    objectives.check(name, ["image_label"])
+    check(name, "image_label")
     with pytest.raises(InputError, match=f'"{name}" needs a class for every image'):
-        objectives.check(name, ["image_label", "image_text"])
+        check(name, "image_label", "image_text")
 
 
 def test_an_unknown_objective_lists_the_choices():
     with pytest.raises(InputError, match='objective.*"clap"; did you mean "clip"'):
-        objectives.check("clap", ["image_label"])
+        check("clap", "image_label")
+
+
+def test_an_objective_says_how_many_views_it_takes():
+    check("supcon", "image_text", views=2)
+    check("uniclip", "image_text", views=1)
+    with pytest.raises(InputError, match='"supcon" takes at least 2 views.*is 1; set'):
+        check("supcon", "image_label")
+    with pytest.raises(InputError, match='"unicl" takes 1 views.*views is 2; set it'):
+        check("unicl", "image_label", views=2)
+
+
+def test_supcon_refuses_an_evaluation_and_says_what_to_do():
+    with pytest.raises(InputError, match="must be empty, and hold shoes.*:linear does"):
+        check("supcon", "image_label", views=2, evaluations=["shoes"])
+
+
+def test_supcons_temperature_stays_and_its_text_tower_learns_nothing():
+    step, state, _ = setup("supcon")
+    after, metrics = jax.jit(step)(state, make_batch(False), jnp.int32(0))
+    for part in ("text", "text_projection", "logit_scale"):
+        jax.tree.map(
+            np.testing.assert_array_equal, after.params[part], state.params[part]
+        )
+    moved = np.abs(after.params["image_projection"] - state.params["image_projection"])
+    assert moved.max() > 1e-3
+    np.testing.assert_allclose(metrics["logit_scale"], np.exp(2.0), rtol=1e-6)
+
+
+def test_uniclip_is_told_what_was_done_and_learns_its_scales():
+    step, state, objective = setup("uniclip")
+    assert state.params["objective"]["log_scales"].tolist() == [2.0] * 3
+    batch = make_batch(False)
+    after, metrics = jax.jit(step)(state, batch, jnp.int32(0))
+    for own in ("log_scales", "offsets"):
+        moved = after.params["objective"][own] - state.params["objective"][own]
+        assert np.abs(moved).min() > 1e-3
+    assert metrics["scale/image_text"] == np.float32(np.exp(2.0))
+    # The same features, other parameters: another embedding. Zeros are an evaluation's.
+    head = heads.augmentation_aware(12, len(PARAMETERS))
+    own, features = state.params["objective"]["head"], jnp.ones((2, 12))
+    told = jnp.zeros((2, len(PARAMETERS))).at[1, 4].set(1.0)
+    u = np.asarray(head.apply(own, features, told))
+    assert np.abs(u[0] - u[1]).max() > 1e-3
+    images = normalize(batch["image"])
+    features, _ = model().image_features(state.params, state.model_state, images)
+    untouched = jnp.zeros((BATCH, len(PARAMETERS)))
+    want = model().project_image(state.params, head.apply(own, features, untouched))
+    got = objective.encode_image(state.params, state.model_state, images)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_uniclip_on_captions_is_mp_nce_of_the_rows():
+    """By hand, from embeddings: every record its own, all its views and its text."""
+    step, state, objective = setup("uniclip")
+    batch = make_batch(False)
+    batch["label"] = np.full(BATCH, NO_LABEL, np.int32)
+    loss = jax.jit(step)(state, batch, jnp.int32(0))[1]["loss"]
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 3)
+    views = make_views(
+        dict(shift=0, color=0.0, flip=False), dict(color=0.1, crop=0.7), views=3
+    )(keys[0], batch["image"])
+    head = heads.augmentation_aware(12, len(PARAMETERS))
+    z = []
+    for k in range(3):
+        features, _ = model().image_features(
+            state.params, state.model_state, views.images[:, k]
+        )
+        own = state.params["objective"]["head"]
+        x = head.apply(own, features, views.parameters[:, k])
+        z.append(model().project_image(state.params, x))
+    text, _ = model().encode_text(state.params, state.model_state, batch["tokens"])
+    z = np.concatenate([*z, text]).astype(float)  # view by view, not row by row
+    record = np.tile(np.arange(BATCH), 4)
+    e = np.exp(np.exp(2.0) * z @ z.T)
+    terms = []
+    for i, j in np.ndindex(len(z), len(z)):
+        if i != j and record[i] == record[j]:
+            terms.append(-np.log(e[i, j] / (e[i, j] + e[i][record != record[i]].sum())))
+    np.testing.assert_allclose(loss, np.mean(terms), rtol=1e-5)
+
+
+def test_row_labels_make_every_caption_a_class_of_its_own():
+    labels = jnp.array([3, NO_LABEL, 0, 3, NO_LABEL], jnp.int32)
+    lanes = np.asarray(row_labels(labels))
+    same = (lanes[:, None] == lanes[None]).all(-1)
+    want = np.eye(5, dtype=bool)
+    want[0, 3] = want[3, 0] = True
+    np.testing.assert_array_equal(same, want)
+    assert (lanes >= 0).all()
 
 
 def test_a_class_that_was_not_trained_on_is_named(make_mesh):
     objective = setup("cross_entropy")[2]
-    encoders = make_encoders(
-        model(), make_mesh(1), objective.classifier, ["Bag", "sneaker"]
-    )
+    encoders = make_encoders(model(), make_mesh(1), objective, ["Bag", "sneaker"])
     config = dict(format="quickstart", path="fashion_mnist")
     source = make_source("fashion_mnist", config, 32, train=False)
     with pytest.raises(InputError, match="8 of 10 are not among them.*Leave"):
         ZeroShotTask("fashion", source, ("{}",), None, encoders)
 
 
-@pytest.mark.parametrize("recipe", BASELINES, ids=lambda path: path.stem)
-def test_a_baseline_trains_and_is_evaluated(recipe, tmp_path):
-    config = runpy.run_path(str(recipe))["get_config"]()
-    assert config.objective == recipe.stem
+def shrunk(recipe, variant=""):
+    """A baseline on its own data, 4 steps of a tower that compiles at once."""
+    config = runpy.run_path(str(recipe))["get_config"](variant)
     config.batch_size, config.total_steps = 32, 4
     config.optimizer.warmup_steps = 1
     config.model.image.update(embed_dim=16, depths=(1,), num_heads=(2,), patch_size=8)
@@ -187,8 +290,63 @@ def test_a_baseline_trains_and_is_evaluated(recipe, tmp_path):
     for name in list(config.evaluations):
         if name != "fashion_mnist":
             del config.evaluations[name]
+    return config
+
+
+ONE_STAGE = [path for path in BASELINES if path.stem != "supcon"]
+
+
+@pytest.mark.parametrize("recipe", ONE_STAGE, ids=lambda path: path.stem)
+def test_a_baseline_trains_and_is_evaluated(recipe, tmp_path):
+    config = shrunk(recipe)
+    assert config.objective == recipe.stem
     scores = train.run(config, tmp_path / "run")
     assert 0 <= scores["eval/fashion_mnist_top1"] <= 1
+
+
+def test_supcon_trains_then_a_classifier_on_its_frozen_tower(tmp_path, capsys):
+    recipe = next(path for path in BASELINES if path.stem == "supcon")
+    first = shrunk(recipe)
+    assert first.objective == "supcon"
+    assert train.run(first, tmp_path / "first") == {}
+    assert not (tmp_path / "first/predictions.png").exists()
+    second = shrunk(recipe, "linear")
+    assert second.objective == "cross_entropy"
+    with pytest.raises(InputError, match="init_from is not set; pass"):
+        train.run(second, tmp_path / "second")
+    second.init_from = str(tmp_path / "first")
+    scores = train.run(second, tmp_path / "second")
+    assert 0 <= scores["eval/fashion_mnist_top1"] <= 1
+    said = capsys.readouterr().out
+    assert f"towers from step 4 of {tmp_path / 'first'}" in said
+    assert "task, by classifier" in said
+    before, after = (saved_params(tmp_path / name) for name in ("first", "second"))
+    jax.tree.map(np.testing.assert_array_equal, after["image"], before["image"])
+    assert set(after["objective"]) == {"class_weights", "class_bias"}
+    assert np.abs(after["objective"]["class_bias"]).max() > 0
+
+
+@pytest.mark.parametrize("name", ["supcon", "uniclip"])
+def test_views_are_cut_from_larger_pictures_in_files(name, tmp_path):
+    """The paper's recipe on made-up files of its formats, its towers shrunk."""
+    recipe = next(path for path in BASELINES if path.stem == name)
+    config = runpy.run_path(str(recipe))["get_config"]("paper")
+    assert config.data.image_size > config.model.image.image_size
+    config.data.made_up_records, config.batch_size, config.total_steps = 16, 8, 2
+    config.optimizer.warmup_steps, config.data.image_size = 1, 24
+    config.model.image.update(name="swin", image_size=16, patch_size=4, window_size=2)
+    config.model.image.update(embed_dim=16, depths=(1,), num_heads=(2,))
+    config.model.text.update(vocab_size=600, width=16, num_heads=2, num_layers=1)
+    config.model.dtype, config.data.templates = "float32", "short"
+    scores = train.run(config, tmp_path / "run")
+    assert len(scores) == (0 if name == "supcon" else 2)
+
+
+def saved_params(workdir):
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        state = ocp.args.StandardRestore()
+        restored = manager.restore(4, args=ocp.args.Composite(state=state))
+    return restored["state"]["params"]
 
 
 @pytest.mark.parametrize("recipe", BASELINES, ids=lambda path: path.stem)
@@ -197,8 +355,7 @@ def test_a_baseline_has_the_papers_data_too(recipe):
     config = get_config("paper")
     assert config.model.image.name == "swin_tiny" and config.objective == recipe.stem
     kinds = {source.kind for source in config.data.sources.values()}
-    assert kinds == (
-        {"image_label"} if recipe.stem in LABELS_ONLY else {"image_label", "image_text"}
-    )
+    labels_only = recipe.stem in LABELS_ONLY | {"supcon"}
+    assert kinds == ({"image_label"} | ({"image_text"} if not labels_only else set()))
     with pytest.raises(InputError, match='no variant "papper"; did you mean "paper"'):
         get_config("papper")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from unicl_jax.augment import make_augment
+from unicl_jax.augment import make_views
 from unicl_jax.encoders import (
     Encoder,
     TwoTower,
@@ -110,7 +110,7 @@ def setup(image="linear", objective="unicl", augment=STILL, mesh=None, **options
     changes = {k: options.pop(k) for k in [*options] if k in OPTIMIZER}
     optimizer, schedule = make_optimizer(OPTIMIZER | changes, 1000)
     step = make_train_step(
-        model(image), objective, optimizer, schedule, make_augment(augment), **options
+        model(image), objective, optimizer, schedule, make_views(augment), **options
     )
     start = functools.partial(init_state, model(image), objective, optimizer)
     return step, lambda: jax.jit(start, static_argnums=0)(0)
@@ -236,6 +236,46 @@ def test_eight_devices_train_as_one(image, make_mesh):
     # What differs by 2e-6 at most has moved by far more.
     assert np.median(jax.tree.leaves(moved.params)) > 1e-3
     assert {x.sharding for x in jax.tree.leaves(states[1])} == {whole}
+
+
+# --- What does not learn.
+
+
+@pytest.mark.parametrize("image, parts", [("resnet", ("image",)), ("swin", ("text",))])
+def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(image, parts):
+    train_step, _ = setup(image, augment=AUGMENTS[image], frozen=parts)
+    optimizer, _ = make_optimizer(OPTIMIZER, 1000)
+    objective = make_objective("unicl", model(image))
+    state = arrays(init_state(model(image), objective, optimizer, 0, parts))
+    whole = arrays(init_state(model(image), objective, optimizer, 0))
+    assert len(jax.tree.leaves(state.opt_state)) < len(jax.tree.leaves(whole.opt_state))
+    after, _ = jax.jit(train_step)(state, make_batch(), STEP)
+    for part in parts:
+        assert_same_bits(after.params[part], state.params[part])
+        assert_same_bits(after.model_state[part], state.model_state[part])
+    for part in set(state.params) - set(parts):
+        moved = jax.tree.map(
+            lambda a, b: np.abs(a - b).max(),
+            *(arrays(s.params[part]) for s in (after, state)),
+        )
+        assert max(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_a_frozen_tower_runs_as_in_evaluation():
+    """The other tower's gradient is that of features without drop path or noise."""
+    losses = {}
+    for frozen in ((), ("image",)):
+        step, init = setup("noisy", frozen=frozen, seed=5)
+        state = arrays(init())
+        if frozen:
+            optimizer, _ = make_optimizer(OPTIMIZER, 1000)
+            objective = make_objective("unicl", model("noisy"))
+            state = arrays(init_state(model("noisy"), objective, optimizer, 0, frozen))
+        losses[frozen] = jax.jit(step)(state, make_batch(), STEP)[1]["loss"]
+    step, init = setup("linear", seed=5)
+    still = jax.jit(step)(arrays(init()), make_batch(), STEP)[1]["loss"]
+    np.testing.assert_allclose(losses[("image",)], still, rtol=1e-6)
+    assert abs(losses[()] - still) > 1e-3
 
 
 # --- What must not happen.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 from rich.cells import cell_len
@@ -531,6 +532,53 @@ def test_a_checkpoint_of_another_model_is_refused_by_step_and_path(
         train.run(config, tmp_path)
 
 
+def test_a_run_starts_from_another_ones_towers(whole, make_config, tmp_path, capsys):
+    """A frozen image tower gives what it gave there; the other parts go on learning."""
+    config = make_config(init_from=str(whole[0]), frozen=("image",), total_steps=3)
+    train.run(config, tmp_path / "run")
+    assert f"towers from step 6 of {whole[0]}" in capsys.readouterr().out
+    theirs, ours = (
+        saved_state(workdir, step)
+        for workdir, step in ((whole[0], 6), (tmp_path / "run", 3))
+    )
+    assert ours["step"] == 3
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        ours["params"]["image"],
+        theirs["params"]["image"],
+    )
+    moved = np.abs(
+        ours["params"]["text_projection"] - theirs["params"]["text_projection"]
+    )
+    assert 0 < moved.max() < 0.05  # three steps from there, not from the seed's start
+    # The same command again goes on from its own checkpoint, not from there.
+    train.run(config, tmp_path / "run")
+    assert "towers from" not in capsys.readouterr().out
+
+
+def saved_state(workdir, step):
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return manager.restore(step, args=args)["state"]
+
+
+def test_where_there_is_nothing_to_start_from_it_is_said(whole, make_config, tmp_path):
+    for there in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(InputError, match="workdir of a run that saved:.*holds no"):
+            train.run(make_config(init_from=str(there)), tmp_path / "run")
+    other = make_config(init_from=str(whole[0]), model__text__num_layers=2)
+    with pytest.raises(InputError, match="must be a run of this model.*nothing there"):
+        train.run(other, tmp_path / "other")
+    torn = tmp_path / "torn"
+    shutil.copytree(whole[0], torn)
+    for file in (torn / "checkpoints/6/state/ocdbt.process_0/d").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(InputError, match="init_from must hold a whole .*remove that s"):
+        train.run(make_config(init_from=str(torn)), tmp_path / "third")
+    with pytest.raises(InputError, match="checkpoint 6 must hold this.*failed.*Remove"):
+        train.run(make_config(), torn)  # and so does the run itself
+
+
 @pytest.mark.parametrize("data", ["{}", '{"step": 3}', "null"])
 def test_a_checkpoint_without_its_data_position_is_refused(
     data, whole, make_config, tmp_path
@@ -560,7 +608,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_once_and_not_tried_again(
 
 def table_lines(name, width):
     class Task:
-        ways = 21_841
+        ways, by_prompts = 21_841, True
 
     Task.name = name
     scores = {name: Scores(0.1234, 0.4567, None, None)}

@@ -1,7 +1,6 @@
 """Saving and restoring a run; the only room that knows Orbax."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +82,12 @@ class Checkpoints:
         )
         try:
             restored = self._manager.restore(step, args=arguments)
-        except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+        except Exception as error:  # of any type, as what writing raises
             self._give_up()
             raise InputError(
                 f"checkpoint {step} must hold this model's state: reading "
-                f'"{self._directory / str(step)}" failed ({error}). Remove that '
+                f'"{self._directory / str(step)}" failed '
+                f"({_first_line(error)}). Remove that "
                 "directory to go on from the checkpoint before it."
             ) from error
         data = restored["data"]
@@ -124,7 +124,7 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax raises what its threads met, of any type
             self._failed = True
-            reason = str(error).splitlines()[0][:200] if str(error) else repr(error)
+            reason = _first_line(error)
             kept = self._manager.latest_step()
             newest = "none is whole" if kept is None else f"the newest whole is {kept}"
             raise NotSaved(
@@ -139,20 +139,88 @@ class Checkpoints:
             saved = ocp.StandardCheckpointHandler().metadata(directory).tree["params"]
         except Exception:  # damaged: reading it says how
             return
-        theirs, ours = _shapes(saved), _shapes(params)
-        differ = [
-            f"{name}: {theirs.get(name, 'nothing')} there, {ours.get(name, 'nothing')} "
-            "here"
-            for name in sorted(theirs.keys() | ours.keys())
-            if theirs.get(name) != ours.get(name)
-        ]
-        if differ:
+        if differ := _differences(saved, params):
             self._give_up()
             raise InputError(
                 f'checkpoint {step} in "{self._directory}" must be of this model: '
                 f"{len(differ)} arrays differ, as {'; '.join(differ[:2])}. Go on with "
                 "the model it was made with, or name another --workdir."
             )
+
+
+def load_towers(workdir: str | Path, like: TrainState) -> tuple[TrainState, int]:
+    """Starts from another run's towers: the newest checkpoint's weights and statistics.
+
+    Args:
+      workdir: of that run.
+      like: the state to start from, whose towers are replaced. Its objective's own
+        parameters, its optimizer and its step stay.
+
+    Returns:
+      The state, and the step at which that run saved.
+
+    Raises:
+      InputError: if there is no whole checkpoint, or its model is another one.
+    """
+    directory = Path(workdir).absolute() / "checkpoints"
+    manager = None
+    if directory.is_dir():  # the manager would make it
+        manager = ocp.CheckpointManager(directory)
+    step = None if manager is None else manager.latest_step()
+    if step is None:
+        raise InputError(
+            f'init_from must be the workdir of a run that saved: "{workdir}" holds no '
+            "checkpoint; train that one first, or leave init_from out."
+        )
+    path = directory / str(step) / "state"
+    towers = {"params": _towers(like.params), "model_state": like.model_state}
+    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, towers)
+    try:
+        saved = ocp.PyTreeCheckpointHandler().metadata(path).tree
+        saved = {k: _towers(saved[k]) for k in wanted}
+        if differ := _differences(saved, wanted):
+            raise InputError(
+                f"init_from must be a run of this model: {len(differ)} arrays of "
+                f'"{path}" differ, as {"; ".join(differ[:2])}. Set the model as that '
+                "run's config.json has it."
+            )
+        arguments = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        restored = manager.restore(step, args=ocp.args.Composite(state=arguments))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f'init_from must hold a whole checkpoint: reading "{path}" failed '
+            f"({_first_line(error)}); name another run's workdir, or remove that step."
+        ) from error
+    finally:
+        manager.close()
+    state = restored["state"]
+    params = {**like.params, **state["params"]}
+    return like._replace(params=params, model_state=state["model_state"]), step
+
+
+def _first_line(error: Exception) -> str:
+    """What an error of Orbax says, without the pages of settings that follow."""
+    return str(error).splitlines()[0][:200] if str(error) else repr(error)
+
+
+def _towers(params):
+    return {name: part for name, part in params.items() if name != "objective"}
+
+
+def _differences(theirs, ours) -> list[str]:
+    """What is not of the same shape in two trees of arrays, a line each."""
+    theirs, ours = _shapes(theirs), _shapes(ours)
+    return [
+        f"{name}: {theirs.get(name, 'nothing')} there, {ours.get(name, 'nothing')} here"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from unicl_jax.errors import InputError, did_you_mean
+from unicl_jax.errors import InputError, choose, did_you_mean
 
 # Fields that may change between restarts of a run: none of them touches what is learnt.
 FREE = (
@@ -32,6 +32,9 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of parameters, order, prompts, crops and drop path
     c.objective = "unicl"  # a name in objectives.OBJECTIVES
+    c.views = 1  # pictures that a step makes of each image; supcon takes 2 or more
+    c.init_from = placeholder(str)  # workdir of a run whose towers this one starts from
+    c.frozen = ()  # parts of the model that don't learn: names in PARTS
     c.batch_size = 4096  # global; divisible by the number of devices
     c.total_steps = placeholder(int)
 
@@ -53,10 +56,18 @@ def default() -> ConfigDict:
     # > 0: write this many made-up records a source, in its own format, and use those.
     c.data.made_up_records = 0
 
-    c.augment = ConfigDict()  # on the device; crops belong to a source's `preprocess`
+    # Pixels of a side of the images that travel to the device; None: the image tower's.
+    # Larger, `augment.crop` has more to cut its windows from.
+    c.data.image_size = placeholder(int)
+
+    c.augment = ConfigDict()  # on the device; see augment.make_augment
+    c.augment.crop = 1.0  # least share of the area in a random crop; 1: none
     c.augment.shift = 0  # pixels
-    c.augment.color = 0.0  # +- fraction of brightness, contrast and channel gains
     c.augment.flip = False  # left-right
+    c.augment.color = 0.0  # +- fraction of brightness, contrast and channel gains
+    c.augment.grayscale = 0.0  # probability
+    c.augment.blur = 0.0  # greatest standard deviation, pixels; half are blurred
+    c.strong_augment = ConfigDict()  # what differs for the views after the first
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # or "sgd" (Nesterov), "muon"
@@ -94,13 +105,20 @@ def check_variant(variant: str, variants: Iterable[str]) -> None:
         )
 
 
-def base_recipe(file: str, variant: str, labels_only: bool = False) -> ConfigDict:
+def base_recipe(
+    file: str,
+    variant: str,
+    labels_only: bool = False,
+    variants: Iterable[str] = ("paper",),
+) -> ConfigDict:
     """What a recipe in `configs/baselines/` starts from: another recipe's config.
 
     Args:
       file: of the baseline.
-      variant: "" for the quick start; "paper" for `configs/swin_tiny.py`.
+      variant: what starts with "paper" is on `configs/swin_tiny.py`, what does not, on
+        the quick start.
       labels_only: without captions, and without evaluations of names that are no class.
+      variants: that there are, beside "".
 
     Returns:
       The config, unlocked.
@@ -108,12 +126,13 @@ def base_recipe(file: str, variant: str, labels_only: bool = False) -> ConfigDic
     Raises:
       InputError: if there is no such variant.
     """
-    check_variant(variant, ("paper",))
-    name = "swin_tiny.py" if variant else "quickstart.py"
+    check_variant(variant, variants)
+    on_paper = variant.startswith("paper")
+    name = "swin_tiny.py" if on_paper else "quickstart.py"
     recipe = runpy.run_path(str(Path(file).parents[1] / name))["get_config"]
     if not labels_only:
         return recipe()
-    if variant:
+    if on_paper:
         config = recipe()
         for source, fields in list(config.data.sources.items()):
             if fields.kind != "image_label":
@@ -183,20 +202,57 @@ def validate(config: ConfigDict, num_devices: int, num_processes: int = 1) -> No
             f"{optimizer.warmup_steps} and {config.total_steps}; lower the first."
         )
     _check_numbers(config)
-    image_size = config.model.image.get("image_size", 224)
-    if not 0 <= config.augment.shift < image_size:
-        raise InputError(
-            f"augment.shift must be in [0, {image_size}) pixels: got "
-            f"{config.augment.shift}."
-        )
-    if not 0 <= config.augment.color < 1:
-        raise InputError(
-            f"augment.color must be in [0, 1): got {config.augment.color}."
-        )
+    _check_views(config)
     if config.data.share_prompts and num_processes > 1:
         raise InputError(
             "data.share_prompts needs a single process: got "
             f"{num_processes} processes; pass --config.data.share_prompts=False."
+        )
+
+
+# Of `model`'s parameters, those that can be frozen.
+PARTS = ("image", "text", "image_projection", "text_projection", "logit_scale")
+
+
+def _check_views(config):
+    """Augmentation, views, and what does not learn."""
+    image_size = config.model.image.get("image_size", 224)
+    if type(config.views) is not int or not 1 <= config.views <= 16:
+        raise InputError(
+            f"views must be a whole number from 1 to 16: got {config.views}."
+        )
+    below_size = (lambda x: 0 <= x < image_size, f"[0, {image_size}) pixels")
+    allowed = {
+        "crop": (lambda x: 0 < x <= 1, "(0, 1], a share of the area"),
+        "shift": below_size,
+        "flip": (lambda x: x in (0, 1), "True or False"),
+        "color": (lambda x: 0 <= x < 1, "[0, 1)"),
+        "grayscale": (lambda x: 0 <= x <= 1, "[0, 1], a probability"),
+        "blur": below_size,
+    }
+    for section in ("augment", "strong_augment"):
+        for field, value in config[section].items():
+            inside, where = allowed[field]
+            if not inside(value):
+                raise InputError(f"{section}.{field} must be in {where}: got {value}.")
+    size = config.data.image_size
+    if size is not None and (type(size) is not int or size < image_size):
+        raise InputError(
+            "data.image_size must be a whole number of at least model.image.image_size:"
+            f" got {size} and {image_size}; leave it out for equal ones."
+        )
+    if not isinstance(config.frozen, tuple | list):
+        raise InputError(
+            f"frozen must be a tuple of names: got {config.frozen!r}; for one, write "
+            f"({config.frozen!r},)."
+        )
+    for part in config.frozen:
+        choose(dict.fromkeys(PARTS), part, "frozen")
+    if {"image", "text"} & set(config.frozen) and not config.init_from:
+        raise InputError(
+            "a frozen tower must have learnt before: frozen is "
+            f"{tuple(config.frozen)} and init_from is not set; pass "
+            "--config.init_from= and the workdir of a run."
         )
 
 
@@ -259,7 +315,7 @@ def _check_fields(config):
     """The fields are those of `default`, and the sections that recipes fill hold."""
     known = default()
     for path, section in (("", config), *((f"{s}.", config[s]) for s in SECTIONS)):
-        names = known if not path else known[path[:-1]]
+        names = known if not path else known[path[:-1].removeprefix("strong_")]
         for name in section:
             if name not in names:
                 raise InputError(
@@ -305,7 +361,7 @@ SOURCE_FIELDS = {
     "webdataset": _OF_SHARDS,
     "tfds": (*_OF_SHARDS, "split"),
 }
-SECTIONS = ("model", "data", "augment", "optimizer")
+SECTIONS = ("model", "data", "augment", "strong_augment", "optimizer")
 
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,6 +26,7 @@ def init_state(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     seed: int,
+    frozen: tuple[str, ...] = (),
 ) -> TrainState:
     """The state before the first step; pure, to be run under `jit`.
 
@@ -34,6 +35,7 @@ def init_state(
       objective: whose own parameters, if it has some, join the towers'.
       optimizer: whose state it holds.
       seed: of the initial parameters.
+      frozen: as for `make_train_step`.
 
     Returns:
       The state, at step 0.
@@ -43,7 +45,8 @@ def init_state(
     if objective.init is not None:
         own = objective.init(jax.random.fold_in(key, 1), params)
         params = {**params, "objective": own}
-    return TrainState(jnp.int32(0), params, model_state, optimizer.init(params))
+    learning = _without(params, frozen)
+    return TrainState(jnp.int32(0), params, model_state, optimizer.init(learning))
 
 
 def make_train_step(
@@ -51,9 +54,10 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    augment: Callable,
+    make_views: Callable,
     *,
     seed: int = 0,
+    frozen: tuple[str, ...] = (),
 ) -> Callable:
     """Builds the train step: augment, embed, compare, update.
 
@@ -62,8 +66,10 @@ def make_train_step(
       objective: what is minimised, over the mesh that the step runs on.
       optimizer: the update rule.
       schedule: its learning rate, to be reported.
-      augment: (key, uint8 images) -> float images, normalised.
+      make_views: (key, uint8 images) -> Views, as `augment.make_views` builds it.
       seed: of the augmentation and drop path; the step number is folded in.
+      frozen: parts of the parameters, by name, that stay as they are; a tower among
+        them runs as in evaluation.
 
     Returns:
       `train_step(state, batch, step) -> (state, metrics)`. `batch` holds `image`
@@ -79,19 +85,23 @@ def make_train_step(
     def train_step(state, batch, step):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
 
-        def loss_fn(params):
-            forward = Forward(model, params, state.model_state, batch, augment, keys)
+        def loss_fn(learning):
+            params = {**state.params, **learning}
+            forward = Forward(
+                model, params, state.model_state, batch, make_views, keys, frozen
+            )
             losses, metrics = objective.loss(forward)
             return losses.mean(), (metrics, forward.state)
 
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (metrics, model_state)), grads = value_and_grad(state.params)
+        learning = _without(state.params, frozen)
+        (loss, (metrics, model_state)), grads = value_and_grad(learning)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.step == step)
 
         def update(state):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            updates, opt_state = optimizer.update(grads, state.opt_state, learning)
+            params = {**state.params, **optax.apply_updates(learning, updates)}
             norm = optax.tree.norm(updates)
             return TrainState(state.step + 1, params, model_state, opt_state), norm
 
@@ -107,6 +117,10 @@ def make_train_step(
         return state, {k: jnp.float32(v) for k, v in metrics.items()}
 
     return train_step
+
+
+def _without(params, frozen):
+    return {name: part for name, part in params.items() if name not in frozen}
 
 
 def _only_if(good, update, state):

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from unicl_jax import config as config_lib
 from unicl_jax import data, encoders, evaluation, objectives, sharding
 from unicl_jax.analysis import end_of_run
-from unicl_jax.augment import make_augment
-from unicl_jax.checkpoint import Checkpoints, NotSaved
+from unicl_jax.augment import make_views
+from unicl_jax.checkpoint import Checkpoints, NotSaved, load_towers
 from unicl_jax.metrics import ConsoleProgress, Metrics, StepTimer
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
@@ -52,8 +52,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     # 1. All that can be wrong with the config itself, before anything costs time.
     is_first = jax.process_index() == 0
     config_lib.validate(config, jax.device_count(), jax.process_count())
-    kinds = [source.kind for source in config.data.sources.values()]
-    objectives.check(config.objective, kinds)
+    objectives.check(config)
     model = encoders.from_config(config.model)
     optimizer, schedule = make_optimizer(config.optimizer, config.total_steps)
     workdir = config_lib.prepare_workdir(workdir, config, write=is_first)
@@ -66,7 +65,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     tokenize = data.Tokenizer(text.context_length, text.vocab_size)
     batches = data.make_train_iterator(
         config.data,
-        image_size,
+        config.data.image_size or image_size,
         config.batch_size,
         config.seed,
         tokenize,
@@ -78,9 +77,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     objective = objectives.make_objective(
         config.objective, model, mesh, num_concepts=len(concepts)
     )
-    compiled_encoders = evaluation.make_encoders(
-        model, mesh, objective.classifier, concepts
-    )
+    compiled_encoders = evaluation.make_encoders(model, mesh, objective, concepts)
     tasks = [
         evaluation.ZeroShotTask(
             name,
@@ -100,8 +97,14 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             objective,
             optimizer,
             schedule,
-            make_augment(config.augment),
+            make_views(
+                config.augment,
+                config.strong_augment,
+                views=config.views,
+                image_size=image_size,
+            ),
             seed=config.seed,
+            frozen=config.frozen,
         ),
         in_shardings=(whole, rows, None),
         out_shardings=(whole, whole),
@@ -110,7 +113,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     # 4. State: made on the devices it lives on, or read from the newest checkpoint.
     make_state = jax.jit(
-        lambda: init_state(model, objective, optimizer, config.seed),
+        lambda: init_state(model, objective, optimizer, config.seed, config.frozen),
         out_shardings=whole,
     )
     state = make_state()
@@ -118,6 +121,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     if checkpoints.latest_step() is not None:
         state, data_state = checkpoints.restore(state)
         batches.restore(data_state)
+    elif config.init_from:
+        state, step = load_towers(config.init_from, state)
+        started_from = f"towers from step {step} of {config.init_from}"
     first_step = int(state.step)
 
     # 5. The loop. Step n is dispatched, then step n - 1 is written: the host's work
@@ -174,6 +180,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             progress.say(f"finished before, at step {first_step}; evaluating it again")
         elif first_step:
             progress.say(f"going on from step {first_step} of {config.total_steps}")
+        elif config.init_from:
+            progress.say(started_from)
         for source, name in batches.concepts.merged:
             progress.say(f'{source}: class "{name}" joins the concept of that name')
         if 0 < first_step < config.total_steps:
@@ -210,9 +218,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         evaluate(config.total_steps)
         progress.close()
         if is_first:
-            table = end_of_run(workdir, tasks, scores, config.evaluations)
-            progress.say(table)
-            progress.say(f"curves.png, predictions.png and metrics.jsonl: {workdir}")
+            for line in end_of_run(workdir, tasks, scores, config.evaluations):
+                progress.say(line)
     except (NonFiniteLoss, Stopped, NotSaved):
         raise
     except Exception:

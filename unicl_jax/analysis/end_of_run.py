@@ -1,6 +1,6 @@
 """What a run ends with: a table of its evaluations and two pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -16,7 +16,7 @@ def end_of_run(
     tasks: Sequence[ZeroShotTask],
     scores: Mapping[str, Scores],
     config: Mapping,
-) -> Table:
+) -> Iterator[Table | str]:
     """Draws `curves.png` and `predictions.png`, and makes the table.
 
     Args:
@@ -25,17 +25,21 @@ def end_of_run(
       scores: of the final model, by task.
       config: the config's `evaluations`: the quick start's sets get a baseline.
 
-    Returns:
-      One row a task, to be printed.
+    Yields:
+      What to print: the table, one row a task, if there are some; what lies where.
     """
     pictures.draw_curves(metrics.read(workdir), workdir / "curves.png")
+    if not tasks:
+        yield f"curves.png and metrics.jsonl: {workdir}"
+        return
     pictures.draw_predictions(tasks, scores, workdir / "predictions.png")
     nearest = {
         task.name: quickstart_nearest(config[task.name]["path"])
         for task in tasks
         if config[task.name]["format"] == "quickstart"
     }
-    return evaluation_table(tasks, scores, nearest)
+    yield evaluation_table(tasks, scores, nearest)
+    yield f"curves.png, predictions.png and metrics.jsonl: {workdir}"
 
 
 def quickstart_nearest(name: str) -> tuple[float, float]:
@@ -69,7 +73,8 @@ def evaluation_table(
       A rich table that fits 80 columns.
     """
     table = Table()
-    table.add_column("task, by prompts")
+    by_prompts = all(task.by_prompts for task in tasks)
+    table.add_column("task, by prompts" if by_prompts else "task, by classifier")
     headers = ["ways", "top-1 %", "top-5 %", "chance %"]
     for header in headers + ["pixel 1-NN %"] * bool(nearest):
         table.add_column(header, justify="right")

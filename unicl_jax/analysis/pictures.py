@@ -32,21 +32,26 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
       path: of the PNG.
     """
     pyplot = _pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    keys = [k for r in rows for k in r if k.startswith("eval/") and k.endswith("_top1")]
+    panels = 2 if keys else 1
+    figure, grid = pyplot.subplots(
+        1, panels, figsize=(5 * panels, 4), layout="constrained", squeeze=False
+    )
+    left, right = grid[0, 0], grid[0, -1]
     for key, style in (("loss", "-"), ("excess", "--")):
         points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
         if points:
             left.plot(*zip(*points, strict=True), style, label=key)
     left.set(xlabel="step", ylabel="nats", title="training loss", ylim=(0, None))
-    keys = [k for r in rows for k in r if k.startswith("eval/") and k.endswith("_top1")]
     for key in dict.fromkeys(keys):
         points = [(r["step"], 100 * r[key]) for r in rows if r.get(key) is not None]
         label = key.removeprefix("eval/").removesuffix("_top1").replace("_", " ")
         right.plot(*zip(*points, strict=True), "o-", markersize=3, label=label)
-    right.set(
-        xlabel="step", ylabel="top-1, %", title="zero-shot accuracy", ylim=(0, 100)
-    )
-    for axes in (left, right):
+    if keys:
+        right.set(
+            xlabel="step", ylabel="top-1, %", title="held-out accuracy", ylim=(0, 100)
+        )
+    for axes in grid[0]:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(frameon=False, fontsize=9)

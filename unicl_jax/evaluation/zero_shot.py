@@ -15,7 +15,7 @@ from unicl_jax.data.prompts import clean_class_name, fill
 from unicl_jax.data.records import Request, Source
 from unicl_jax.encoders import TwoTower
 from unicl_jax.errors import InputError
-from unicl_jax.objectives import Classifier
+from unicl_jax.objectives import Objective
 
 TOP = 5
 BATCH = 512  # rows at a time, over all devices
@@ -48,7 +48,7 @@ class Encoders(NamedTuple):
 def make_encoders(
     model: TwoTower,
     mesh: Mesh,
-    classifier: Classifier | None = None,
+    objective: Objective | None = None,
     concepts: Sequence[str] = (),
 ) -> Encoders:
     """Compiles a model for evaluation.
@@ -56,16 +56,17 @@ def make_encoders(
     Args:
       model: the two towers.
       mesh: the devices.
-      classifier: of an objective that learns no texts; None otherwise.
-      concepts: the names that the classifier tells apart.
+      objective: what it was trained for, which may embed images, or stand for
+        concepts, in a way of its own.
+      concepts: the names of those.
 
     Returns:
       The encoders: of uint8 images [n, H, W, 3], and of tokens [n, L].
     """
 
     def image(params, state, images):
-        if classifier is not None:
-            return classifier.image(params, state, normalize(images))
+        if objective is not None and objective.encode_image is not None:
+            return objective.encode_image(params, state, normalize(images))
         return model.encode_image(params, state, normalize(images))[0]
 
     def text(params, state, tokens):
@@ -74,10 +75,10 @@ def make_encoders(
     whole, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
     layout = dict(in_shardings=(whole, whole, rows), out_shardings=whole)
     encoders = Encoders(jax.jit(image, **layout), jax.jit(text, **layout), mesh)
-    if classifier is None:
+    if objective is None or objective.concepts is None:
         return encoders
     names = tuple(clean_class_name(name).lower() for name in concepts)
-    of_concepts = jax.jit(classifier.concepts, in_shardings=(whole,))
+    of_concepts = jax.jit(objective.concepts, in_shardings=(whole,))
     return encoders._replace(concepts=of_concepts, names=names)
 
 
@@ -118,6 +119,11 @@ class ZeroShotTask:
         # On every device of every process, so that each can read all of it.
         whole = sharding.replicated(encoders.mesh)
         self._rank = jax.jit(_rank, out_shardings=whole)
+
+    @property
+    def by_prompts(self) -> bool:
+        """Whether texts stand for the classes, not what an objective learnt of them."""
+        return self._concepts is None
 
     @property
     def ways(self) -> int:

@@ -93,9 +93,13 @@ def mp_nce_loss(
     all_z, all_labels, all_ids, all_domains, all_keep = columns
 
     pair = domains[:, None] + all_domains[None]  # 0, 1, 2: image-image .. text-text
+
+    def of_pair(x):  # a selection: looking x up, pair by pair, is slow to take back
+        x = jnp.asarray(x, dtype)
+        return jnp.where(pair == 0, x[0], jnp.where(pair == 1, x[1], x[2]))
+
     cosines = product(z, all_z.T)
-    scales, offsets = jnp.asarray(scales, dtype), jnp.asarray(offsets, dtype)
-    logits = scales[pair] * (cosines - offsets[pair])
+    logits = of_pair(scales) * (cosines - of_pair(offsets))
     same = positive_mask(labels, all_labels, ids, all_ids)
     kept = keep[:, None] & all_keep[None]
     positive = same & kept & ~jnp.equal(ids[:, None], all_ids[None])
@@ -106,7 +110,7 @@ def mp_nce_loss(
     )
     losses = jax.nn.softplus(log_negatives[:, None] - logits)
     if pair_weights is not None:
-        losses *= jnp.asarray(pair_weights, dtype)[pair]
+        losses *= of_pair(pair_weights)
     total, count = jnp.where(positive, losses, 0).sum(1), positive.sum(1)
     if average == "anchor":
         return total / jnp.maximum(count, 1)

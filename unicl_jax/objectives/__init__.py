@@ -1,0 +1,106 @@
+"""What a step minimises: a loss, what it is given of a batch, and what it learns.
+
+An objective sees the batch through `Forward`, asks it for the embeddings it needs, and
+gives one loss a row. Parameters of its own (a bias, a classifier) lie under
+`params["objective"]`, beside the towers'.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from unicl_jax import losses
+from unicl_jax.encoders import TwoTower
+from unicl_jax.errors import InputError, choose
+from unicl_jax.objectives import classes, contrastive, views
+from unicl_jax.objectives.objective import Forward, Objective
+
+__all__ = ["OBJECTIVES", "Forward", "Objective", "check", "make_objective"]
+
+LABELS, CAPTIONS = "image_label", "image_text"
+
+
+class _Entry(NamedTuple):
+    make: Callable
+    labels_only: bool = False
+    least_views: int = 1
+    most_views: float = 1
+    names_images: bool = True  # or there is nothing to evaluate before another stage
+
+
+OBJECTIVES = {
+    "unicl": _Entry(contrastive.unicl),
+    "clip": _Entry(contrastive.clip),
+    "one_way": _Entry(contrastive.one_way),  # Table 3 of the paper
+    "linear_text": _Entry(contrastive.linear_text, labels_only=True),  # Table 3
+    "siglip": _Entry(contrastive.siglip),
+    "cross_entropy": _Entry(classes.cross_entropy, labels_only=True),
+    "multitask": _Entry(classes.multitask),  # Table 6
+    "supcon": _Entry(
+        views.supcon,
+        least_views=2,
+        most_views=math.inf,
+        names_images=False,
+    ),
+    "uniclip": _Entry(views.uniclip, most_views=math.inf),
+}
+
+
+def make_objective(
+    name: str, model: TwoTower, mesh: Mesh | None = None, num_concepts: int = 0
+) -> Objective:
+    """Builds an objective.
+
+    Args:
+      name: a key of OBJECTIVES.
+      model: the two towers.
+      mesh: the devices over which batches are divided; None for one device, no mesh.
+      num_concepts: of the run's concept table, for those that hold a row for each.
+
+    Returns:
+      The objective.
+
+    Raises:
+      InputError: if there is none of that name.
+    """
+
+    def over(loss):
+        return loss if mesh is None else losses.sharded(loss, mesh)
+
+    make = choose(OBJECTIVES, name, "objective").make
+    return make(over, model, num_concepts)
+
+
+def check(config: Mapping) -> None:
+    """Refuses what an objective cannot learn from.
+
+    Args:
+      config: the whole config: `objective`, `views`, `data.sources`, `evaluations`.
+
+    Raises:
+      InputError: if there is no such objective, or it needs labels and a source has
+        captions, or it takes more or fewer views, or nothing it learns can be
+        evaluated.
+    """
+    name, count = config["objective"], config["views"]
+    entry = choose(OBJECTIVES, name, "objective")
+    kinds = {source["kind"] for source in config["data"]["sources"].values()}
+    if entry.labels_only and kinds - {LABELS}:
+        raise InputError(
+            f'objective "{name}" needs a class for every image: data.sources must all '
+            f"be {LABELS}, and some are {CAPTIONS}; leave those out."
+        )
+    if not entry.least_views <= count <= entry.most_views:
+        many = "at least " if entry.most_views > entry.least_views else ""
+        raise InputError(
+            f'objective "{name}" takes {many}{entry.least_views} views of an image: '
+            f"views is {count}; set it to {entry.least_views}."
+        )
+    if not entry.names_images and len(config["evaluations"]):
+        raise InputError(
+            f'objective "{name}" learns no names: evaluations must be empty, and hold '
+            f"{', '.join(config['evaluations'])}; evaluate a classifier that is "
+            "trained on it, as configs/baselines/supcon.py:linear does."
+        )

@@ -1,0 +1,70 @@
+"""Objectives with a linear classifier over the concepts."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from unicl_jax import losses
+from unicl_jax.objectives.objective import Objective
+
+
+def cross_entropy(over, model, num_concepts):
+    """Supervised training: a softmax over the concepts, from the image alone."""
+    del over  # rows don't meet
+
+    def init(key, params):
+        return _classes(key, params, num_concepts)
+
+    def loss(forward):
+        logits = _class_logits(forward.own, forward.image_features())
+        hits = logits.argmax(1) == forward.labels
+        rows = losses.cross_entropy_loss(logits, forward.labels)
+        return rows, {"train_top1": hits.mean()}
+
+    def encode_image(params, state, images):
+        features = model.image_features(params, state, images)[0].astype(jnp.float32)
+        return jnp.concatenate([features, jnp.ones((len(features), 1))], axis=1)
+
+    def concepts(params):
+        own = params["objective"]
+        return jnp.concatenate([own["class_weights"].T, own["class_bias"][:, None]], 1)
+
+    return Objective(loss, init, encode_image, concepts)
+
+
+def multitask(over, model, num_concepts):
+    """Cross-entropy on the labelled rows, CLIP among the captions."""
+    multitask_loss = over(losses.multitask_loss)
+    del model
+
+    def init(key, params):
+        return _classes(key, params, num_concepts)
+
+    def loss(forward):
+        features = forward.image_features()
+        rows = multitask_loss(
+            forward.project(features),
+            forward.text(),
+            _class_logits(forward.own, features),
+            forward.labels,
+            forward.logit_scale(),
+        )
+        return rows, {}
+
+    return Objective(loss, init)
+
+
+def _classes(key, params, num_concepts):
+    """A linear classifier on the image tower's features."""
+    width = params["image_projection"].shape[0]
+    draw = jax.nn.initializers.truncated_normal(0.02)
+    return {
+        "class_weights": draw(key, (width, num_concepts)),
+        "class_bias": jnp.zeros(num_concepts),
+    }
+
+
+def _class_logits(own, features):
+    features = features.astype(own["class_weights"].dtype)
+    logits = jnp.matmul(features, own["class_weights"], precision=lax.Precision.HIGHEST)
+    return logits + own["class_bias"][None]

@@ -1,0 +1,129 @@
+"""What an objective is, and how it sees a batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from unicl_jax.augment import Views
+from unicl_jax.encoders import TwoTower
+from unicl_jax.losses import NO_LABEL
+
+
+class Objective(NamedTuple):
+    """What a step minimises, and how what it learnt is evaluated.
+
+    loss(forward) -> (losses [B] in nats, whose mean is minimised; metrics, scalars)
+    init(key, params of the towers) -> its own parameters; None: it has none
+    encode_image(params, state, normalised images) -> [n, D'], where an evaluation's
+    images are not embedded by the model's `encode_image`; None: they are
+    concepts(params) -> [concepts, D']: what stands for a concept's name, where that is
+    not its texts' embedding; None: it is
+    """
+
+    loss: Callable[["Forward"], tuple[jax.Array, dict[str, jax.Array]]]
+    init: Callable[[jax.Array, Any], dict] | None = None
+    encode_image: Callable[[Any, Any, jax.Array], jax.Array] | None = None
+    concepts: Callable[[Any], jax.Array] | None = None
+
+
+class Forward:
+    """The towers on one batch, inside a traced step.
+
+    Attributes:
+      labels: [B] int32, NO_LABEL for captions.
+      own: the objective's own parameters.
+      state: of the model, with what batch norm learnt so far.
+    """
+
+    def __init__(
+        self,
+        model: TwoTower,
+        params: Any,
+        state: Any,
+        batch: Mapping[str, jax.Array],
+        make_views: Callable[[jax.Array, jax.Array], Views],
+        keys: jax.Array,
+        frozen: tuple[str, ...] = (),
+    ):
+        """Holds what the calls below need; nothing is computed yet.
+
+        Args:
+          model: the two towers.
+          params: theirs, and the objective's.
+          state: theirs.
+          batch: as for the train step.
+          make_views: (key, uint8 images) -> Views of [B, views, ...].
+          keys: [3]: for pixels, the image tower, the text tower.
+          frozen: parts of the parameters that don't learn: such a tower runs as in
+            evaluation, its drop path off, its batch statistics as they are.
+        """
+        self.labels, self.own, self.state = (
+            batch["label"],
+            params.get("objective", {}),
+            state,
+        )
+        self._model, self._params, self._batch = model, params, batch
+        self._make_views, self._keys, self._frozen = make_views, keys, frozen
+
+    def image(self) -> jax.Array:
+        """Unit embeddings [B, D] of the first views."""
+        return self._encode(self._model.encode_image, self._views().images[:, 0])
+
+    def image_features(self) -> jax.Array:
+        """What the image tower says of the first views, [B, width]."""
+        return self._encode(self._model.image_features, self._views().images[:, 0])
+
+    def all_image_features(self) -> tuple[jax.Array, jax.Array]:
+        """Features of all views, [B, V, width], and their parameters [B, V, P]."""
+        views = self._views()
+        batch, count = views.images.shape[:2]
+        # One run of the tower: batch norm, where there is some, sees all views.
+        images = views.images.reshape(-1, *views.images.shape[2:])
+        features = self._encode(self._model.image_features, images)
+        return features.reshape(batch, count, -1), views.parameters
+
+    def text(self) -> jax.Array:
+        """Unit text embeddings [B, D]: row i's is of image i's text."""
+        v, self.state = self._model.encode_text(
+            self._params,
+            self.state,
+            self._batch["tokens"],
+            **self._mode("text", self._keys[2]),
+        )
+        return v[self._batch["text_index"]] if "text_index" in self._batch else v
+
+    def project(self, features: jax.Array) -> jax.Array:
+        """Unit image embeddings [..., D] of features [..., width]."""
+        return self._model.project_image(self._params, features)
+
+    def logit_scale(self) -> jax.Array:
+        """The multiplier s."""
+        return self._model.logit_scale(self._params)
+
+    def _views(self):
+        return self._make_views(self._keys[0], self._batch["image"])
+
+    def _encode(self, encode, images):
+        out, self.state = encode(
+            self._params, self.state, images, **self._mode("image", self._keys[1])
+        )
+        return out
+
+    def _mode(self, tower, key):
+        return {} if tower in self._frozen else {"train": True, "key": key}
+
+
+def row_labels(labels: jax.Array) -> jax.Array:
+    """Labels in two lanes, in which a caption has one of its own, too: its row.
+
+    Args:
+      labels: [B] int32, NO_LABEL for captions.
+
+    Returns:
+      [B, 2] int32: (label, 0), or (0, 1 + row).
+    """
+    rows = 1 + jnp.arange(len(labels), dtype=labels.dtype)
+    captions = labels == NO_LABEL
+    return jnp.stack([jnp.where(captions, 0, labels), jnp.where(captions, rows, 0)], 1)
