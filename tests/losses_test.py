@@ -29,8 +29,7 @@ from unicl_jax.losses import (
 EXACT = dict(rtol=1e-12, atol=1e-12)
 
 LABELS = np.array([3, NO_LABEL, 3, 7, NO_LABEL, 0, 7, 3], np.int32)
-# What the golden file holds without a soft target; its mixup cases have one, and wait
-# for the loss that takes soft targets.
+# What the golden file holds without a soft target; those are in objective_losses_test.
 GOLDEN_CASES = [
     f"{name}{scale}"
     for name in ("mixed", "all_text", "all_label", "one_class", "all_distinct_labels")
@@ -442,6 +441,97 @@ def test_euler_identity(x64):
     _, (du, dv, ds) = value_and_grads(u, v, LABELS, 5.0)
     assert abs(ds) > 1e-3  # or the identity says little
     assert_close([(u * du).sum(), (v * dv).sum()], [5.0 * ds] * 2)
+
+
+# The next laws are of the logits: with the identity for texts, images are logits.
+
+
+def of_logits(logits, direction="both"):
+    batch = len(logits)
+
+    def mean(logits):
+        texts = jnp.eye(batch)
+        return unicl_loss(logits, texts, LABELS, 1.0, direction=direction).mean()
+
+    return jax.value_and_grad(mean)(jnp.asarray(logits))
+
+
+def test_gradients_of_logits_sum_to_zero_along_each_softmax(x64):
+    logits = np.random.default_rng(4).normal(size=(8, 8), scale=3)
+    per_image, per_text = (of_logits(logits, f"per_{x}")[1] for x in ("image", "text"))
+    assert_close(per_image.sum(1), np.zeros(8))
+    assert_close(per_text.sum(0), np.zeros(8))
+    assert np.abs(per_image.sum(0)).max() > 1e-2  # the other sums are not zero
+    assert_close(of_logits(logits)[1], (per_image + per_text) / 2)
+
+
+def test_a_constant_for_a_row_leaves_per_image_and_moves_per_text(x64):
+    rng = np.random.default_rng(5)
+    logits, constants = rng.normal(size=(8, 8), scale=3), rng.normal(size=(8, 1))
+    for direction, shift in (("per_image", constants), ("per_text", constants.T)):
+        moved, plain = (
+            of_logits(logits + shift, direction),
+            of_logits(logits, direction),
+        )
+        assert_close(moved, plain)
+    assert abs(of_logits(logits + constants, "per_text")[0] - plain[0]) > 1e-2
+
+
+def test_the_loss_is_convex_in_the_logits(x64):
+    rng = np.random.default_rng(6)
+    for _ in range(10):
+        a, b = rng.normal(size=(2, 8, 8), scale=4)
+        (at_a, slope), (at_b, _), (middle, _) = map(of_logits, (a, b, (a + b) / 2))
+        assert middle < (at_a + at_b) / 2
+        assert at_b > at_a + (slope * (b - a)).sum()  # above its tangent
+
+
+def test_gradients_are_finite_differences(x64):
+    u, v = embeddings()
+    _, gradients = value_and_grads(u, v, LABELS, 5.0)
+    rng = np.random.default_rng(7)
+    directions = rng.normal(size=u.shape), rng.normal(size=v.shape), rng.normal()
+    slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+
+    def at(step):
+        moved = [x + step * d for x, d in zip((u, v, 5.0), directions, strict=True)]
+        return rows(moved[0], moved[1], LABELS, moved[2])[0].mean()
+
+    # Central differences of 1e-5: the cube of it, and round-off of 1e-16 over it.
+    assert_close((at(1e-5) - at(-1e-5)) / 2e-5, slope, rtol=1e-7)
+
+
+def test_equal_features_tell_nothing_apart(x64):
+    u, _ = embeddings(1)
+    u = np.repeat(u, 8, 0)
+    loss, _ = rows(u, u, LABELS, 100.0)
+    assert_close(loss, np.full(8, np.log(8)))
+
+
+def test_exchanging_texts_within_a_class_leaves_the_mean_unchanged(x64):
+    u, v = embeddings()
+    exchanged = np.arange(8)
+    exchanged[[0, 2, 7]] = [2, 7, 0]  # three rows of label 3
+    assert (LABELS[exchanged] == LABELS).all()
+    loss, aux = rows(u, v, LABELS, 5.0)
+    other, other_aux = rows(u, v[exchanged], LABELS, 5.0)
+    assert_close(other.mean(), loss.mean())
+    assert_close(other_aux.per_image, aux.per_image)
+    assert_close(other_aux.per_text, aux.per_text[exchanged])
+
+
+def test_what_reaches_an_embedding_before_it_is_made_unit_turns_it(x64):
+    """The gradient through normalising is at a right angle: lengths don't learn."""
+    rng = np.random.default_rng(8)
+    x, y = 3 * rng.normal(size=(2, 8, 6))
+
+    def mean(x, y):
+        u, v = (z / jnp.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+        return unicl_loss(u, v, LABELS, 5.0).mean()
+
+    for z, dz in zip((x, y), jax.grad(mean, (0, 1))(x, y), strict=True):
+        assert_close((z * dz).sum(1), np.zeros(8))
+        assert np.abs(dz).max() > 1e-3
 
 
 # --- Leaving out and weighing.
