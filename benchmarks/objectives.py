@@ -23,9 +23,14 @@ ROWS = {
     "clip": ("configs/baselines/clip.py",),
     "siglip": ("configs/baselines/siglip.py",),
     "multitask": ("configs/baselines/multitask.py",),
+    "uniclip": ("configs/baselines/uniclip.py",),
     "unicl, labels alone": ("configs/quickstart.py:labels",),
     "linear_text": ("configs/baselines/linear_text.py",),
     "cross_entropy": ("configs/baselines/cross_entropy.py",),
+    "supcon": (
+        "configs/baselines/supcon.py",
+        "configs/baselines/supcon.py:linear",
+    ),
 }
 TASKS = {
     "twemoji_names": "names, 1,898 ways",
@@ -50,8 +55,8 @@ def measure(options):
 
 
 def _run(options, row, seed):
-    """Trains one row with one seed, stage after stage; its scores and its time."""
-    before, seconds = None, None
+    """Trains one row with one seed, stage after stage; scores of the last one."""
+    before = None
     for stage, recipe in enumerate(ROWS[row]):
         name = row.replace(", ", "_").replace(" ", "_")
         workdir = options.runs / f"{name}-{stage}-{seed}"
@@ -77,28 +82,22 @@ def _run(options, row, seed):
             (workdir / "done").touch()
             harness.say(f"{workdir.name}: {time.perf_counter() - start:.0f} s")
         lines = metrics.read(workdir)
-        if stage == 0:
-            seconds = statistics.median(
-                line["step_seconds"] for line in lines if "step_seconds" in line
-            )
         before = workdir
-    scores = {
+    return {
         key: [line[f"eval/{key}_top{k}"] for k in (1, 5)]
         for line in lines
         for key in TASKS
         if f"eval/{key}_top1" in line
     }
-    return {"scores": scores, "step_seconds": seconds}
 
 
 def rows_of(found):
     """The table of one JSON file as rows of text."""
-    rows = [["objective", *TASKS.values(), "a step"]]
-    unit = statistics.median(r["step_seconds"] for r in found["rows"]["unicl"])
+    rows = [["objective", *TASKS.values()]]
     for row, runs in found["rows"].items():
         cells = [row]
         for task in TASKS:
-            tops = [run["scores"].get(task) for run in runs]
+            tops = [run.get(task) for run in runs]
             if None in tops:
                 cells.append("")
                 continue
@@ -109,8 +108,7 @@ def rows_of(found):
                     for top in zip(*tops, strict=True)
                 )
             )
-        seconds = statistics.median(run["step_seconds"] for run in runs)
-        rows.append([*cells, f"{seconds / unit:.2f} x"])
+        rows.append(cells)
     return rows
 
 
