@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from unicl_jax import data, encoders, losses, sharding
 from unicl_jax.augment import make_views, normalize
-from unicl_jax.encoders.weights import from_unicl
+from unicl_jax.encoders.weights import from_arrays
 from unicl_jax.objectives import make_objective
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
@@ -39,7 +39,7 @@ class Ours:
     def __init__(self, config, cached=False):
         """Takes a config as a dict; builds all but compiles nothing yet."""
         jax.config.update("jax_enable_compilation_cache", cached)
-        config = ConfigDict(config)
+        config = self._config = ConfigDict(config)
         self._on_cpu = jax.default_backend() == "cpu"
         self._mesh = sharding.make_mesh()
         # The generator behind the iterator: the same work, without its thread.
@@ -120,7 +120,8 @@ class Ours:
 
     def loss_of(self, weights):
         """The first batch's loss, not augmented, by weights in UniCL's layout."""
-        params = from_unicl(weights)
+        model = {k: dict(self._config.model[k]) for k in ("image", "text")}
+        params = from_arrays(weights, "unicl", **model).params
         batch = self._batches[0]
 
         @jax.jit

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from unicl_jax.errors import InputError
@@ -202,6 +203,49 @@ def load_towers(workdir: str | Path, like: TrainState) -> tuple[TrainState, int]
     state = restored["state"]
     params = {**like.params, **state["params"]}
     return like._replace(params=params, model_state=state["model_state"]), step
+
+
+def read_towers(workdir: str | Path) -> tuple[Any, Any]:
+    """What a run has learnt: parameters and state of its newest checkpoint.
+
+    Args:
+      workdir: of the run.
+
+    Returns:
+      (params, model_state), NumPy arrays; the objective's own are among the first.
+
+    Raises:
+      InputError: if there is no whole checkpoint.
+    """
+    directory = Path(workdir).absolute() / "checkpoints"
+    with ocp.CheckpointManager(directory) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise InputError(
+                f'a run must have saved: "{workdir}" holds no checkpoint yet.'
+            )
+        path = directory / str(step) / "state"
+        try:
+            saved = ocp.PyTreeCheckpointHandler().metadata(path).tree
+            wanted = {k: _abstract(saved[k]) for k in ("params", "model_state")}
+            as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+            arguments = ocp.args.PyTreeRestore(
+                item=wanted,
+                restore_args=jax.tree.map(lambda _: as_numpy, wanted),
+                partial_restore=True,
+            )
+            arguments = ocp.args.Composite(state=arguments)
+            state = manager.restore(step, args=arguments)["state"]
+        except Exception as error:
+            raise InputError(
+                f'a run must hold a whole checkpoint: reading "{path}" failed '
+                f"({_first_line(error)})."
+            ) from error
+    return state["params"], state["model_state"]
+
+
+def _abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _first_line(error: Exception) -> str:

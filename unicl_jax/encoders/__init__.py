@@ -22,6 +22,7 @@ IMAGE_TOWERS = {
     **{k: functools.partial(resnet, **v) for k, v in _resnet.VARIANTS.items()},
 }
 TEXT_TOWERS = {"transformer": transformer}
+UNNAMED = ("swin", "resnet")  # image towers that have a size only by their options
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Encoder",
     "TwoTower",
     "from_config",
+    "image_tower",
     "make_two_tower",
     "resnet",
     "swin",
@@ -61,6 +63,39 @@ def from_config(config: Mapping) -> TwoTower:
         logit_scale_init=config["logit_scale_init"],
         logit_scale_max=config["logit_scale_max"],
     )
+
+
+def image_tower(config: Mapping, dtype: str = "float32") -> Encoder:
+    """Builds the image tower alone that `model.image` describes.
+
+    Args:
+      config: a `name` from the menu and its options.
+      dtype: a key of DTYPES.
+
+    Returns:
+      The encoder.
+
+    Raises:
+      InputError: as `from_config`.
+    """
+    return _tower(
+        IMAGE_TOWERS, config, "model.image", choose(DTYPES, dtype, "model.dtype")
+    )
+
+
+def image_options(config: Mapping) -> dict:
+    """All options of the image tower that `model.image` describes, defaults included.
+
+    Args:
+      config: a `name` from the menu and its options.
+
+    Returns:
+      The options by name, without "name".
+    """
+    factory = choose(IMAGE_TOWERS, config["name"], "model.image.name")
+    parameters = inspect.signature(factory).parameters.items()
+    options = {k: p.default for k, p in parameters if p.default is not p.empty}
+    return {**options, **{k: v for k, v in config.items() if k != "name"}}
 
 
 def _tower(menu, config, what, dtype):

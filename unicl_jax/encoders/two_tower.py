@@ -19,6 +19,7 @@ class TwoTower(NamedTuple):
     logit_scale(params) -> scalar multiplier s
     image_features(params, state, images, *, train=False, key=None) -> (feats, state)
     project_image(params, feats) -> emb: encode_image is image_features, then this
+    text_features(params, state, tokens, *, train=False, key=None) -> (feats, state)
 
     Embeddings are [batch, embed_dim] float32 of unit L2 norm; features [batch, width]
     are the image tower's own, before the projection.
@@ -30,6 +31,7 @@ class TwoTower(NamedTuple):
     logit_scale: Callable[[Mapping], jax.Array]
     image_features: Callable[..., tuple[jax.Array, Any]] | None = None
     project_image: Callable[..., jax.Array] | None = None
+    text_features: Callable[..., tuple[jax.Array, Any]] | None = None
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -122,11 +124,13 @@ def make_two_tower(
         return jnp.exp(theta)
 
     image_features, project_image = run("image", image), project("image")
+    text_features = run("text", text)
     return TwoTower(
         init,
         encode(image_features, project_image),
-        encode(run("text", text), project("text")),
+        encode(text_features, project("text")),
         logit_scale,
         image_features,
         project_image,
+        text_features,
     )

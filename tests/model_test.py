@@ -1,0 +1,257 @@
+"""A model to use: loaded from a run or a file, it embeds as the trainer did."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import unicl_jax
+from unicl_jax import encoders, export, model, train
+from unicl_jax.augment import normalize
+from unicl_jax.checkpoint import read_towers
+from unicl_jax.data import Tokenizer
+from unicl_jax.encoders import weights
+from unicl_jax.encoders.weights.files import read_arrays
+from unicl_jax.errors import InputError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def shrunk(recipe):
+    config = runpy.run_path(str(CONFIGS / recipe))["get_config"]()
+    config.batch_size, config.total_steps = 32, 2
+    config.optimizer.warmup_steps = 1
+    config.model.image.update(embed_dim=16, depths=(1,), num_heads=(2,), patch_size=8)
+    config.model.text.update(vocab_size=600, width=16, num_heads=2)
+    config.evaluations = {}
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the quick start, its towers shrunk."""
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    train.run(shrunk("quickstart.py"), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return unicl_jax.load(run)
+
+
+def pictures(count=3, size=32, seed=0):
+    shape = (count, size, size, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_a_run_embeds_as_its_towers_do(run, loaded):
+    config = json.loads((run / "config.json").read_text())["model"]
+    two = encoders.from_config(config)
+    params, state = read_towers(run)
+    want, _ = two.encode_image(params, state, normalize(pictures()))
+    got = loaded.encode_image(pictures())
+    # Compiled and not: float32 sums in another order.
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert got.dtype == np.float32 and got.shape == (3, 128)
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
+    texts = ["a cat", "a very long text " * 20]
+    want, _ = two.encode_text(params, state, Tokenizer(10, 600)(texts))
+    np.testing.assert_allclose(loaded.encode_text(texts), want, atol=1e-5)
+    assert loaded.logit_scale == pytest.approx(np.exp(params["logit_scale"]), rel=1e-6)
+    assert (loaded.image_size, loaded.embed_dim) == (32, 128)
+
+
+def test_pixels_and_what_is_normalised_and_tokens_and_texts_are_alike(loaded):
+    images = pictures()
+    np.testing.assert_allclose(
+        loaded.encode_image(images), loaded.encode_image(normalize(images)), atol=1e-6
+    )
+    texts = ["a cat", "two dogs"]
+    np.testing.assert_array_equal(
+        loaded.encode_text(texts), loaded.encode_text(loaded.tokenize(texts))
+    )
+    np.testing.assert_array_equal(
+        loaded.encode_text("a cat"), loaded.encode_text(["a cat"])
+    )
+    raw = loaded.encode_image(images, normalize=False)
+    assert np.abs(np.linalg.norm(raw, axis=1) - 1).min() > 1e-3
+    np.testing.assert_allclose(encoders.unit(raw), loaded.encode_image(images), 1e-5)
+
+
+def test_uniclips_images_are_embedded_by_its_head(tmp_path):
+    config = shrunk("baselines/uniclip.py")
+    train.run(config, tmp_path / "run")
+    loaded = unicl_jax.load(tmp_path / "run")
+    params, state = read_towers(tmp_path / "run")
+    two = encoders.from_config(loaded.config)
+    plain, _ = two.encode_image(params, state, normalize(pictures()))
+    assert np.abs(loaded.encode_image(pictures()) - plain).max() > 1e-2
+
+
+# --- Pictures.
+
+
+def test_pictures_are_brought_to_the_towers_size(loaded, tmp_path):
+    wide = Image.fromarray(pictures(1, 64)[0]).resize((100, 50))
+    wide.save(tmp_path / "wide.png")
+    got = loaded.preprocess([wide, tmp_path / "wide.png", str(tmp_path / "wide.png")])
+    assert got.shape == (3, 32, 32, 3) and got.dtype == np.uint8
+    assert (got == got[0]).all()
+    shorter = int(32 * 256 / 224)
+    resized = wide.resize((2 * shorter, shorter), Image.Resampling.BICUBIC)
+    left, top = round((2 * shorter - 32) / 2), round((shorter - 32) / 2)
+    want = np.asarray(resized)[top : top + 32, left : left + 32]
+    np.testing.assert_array_equal(got[0], want)
+    assert loaded.preprocess(wide).shape == (1, 32, 32, 3)
+    assert loaded.preprocess([]).shape == (0, 32, 32, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_every_mode_becomes_rgb(mode, loaded):
+    picture = Image.new("RGB", (40, 40), (255, 0, 0)).convert(mode)
+    if mode == "RGBA":
+        picture.putalpha(0)
+    got = loaded.preprocess(picture)[0]
+    want = {"RGBA": (255, 255, 255), "L": (76, 76, 76)}.get(mode)
+    if want:
+        np.testing.assert_array_equal(got, np.full((32, 32, 3), want))
+
+
+def test_what_is_no_picture_is_told(loaded, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    for path in (tmp_path / "text.png", tmp_path / "nothing.png"):
+        with pytest.raises(InputError, match=f"readable image files.*{path.name}"):
+            loaded.preprocess([path])
+
+
+# --- What does not fit.
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((2, 16, 16, 3), np.uint8),
+        np.zeros((32, 32, 3), np.uint8),
+        np.zeros((2, 32, 32, 3), np.int32),
+        np.zeros((2, 3, 32, 32), np.float32),
+    ],
+)
+def test_images_that_do_not_fit_are_told(images, loaded):
+    with pytest.raises(InputError, match=r"must be \[B, 32, 32, 3\].*got"):
+        loaded.encode_image(images)
+
+
+def test_texts_that_do_not_fit_are_told(loaded):
+    for tokens, words in (
+        (np.zeros((2, 11), np.int32), r"L up to 10: got int32 \(2, 11\)"),
+        (np.zeros((2, 10), np.float32), "got float32"),
+        (np.full((2, 10), 600), r"in \[0, 600\): got 600"),
+        (["a cat", " "], "must not be empty: got ' ' at index 1"),
+    ):
+        with pytest.raises(InputError, match=words):
+            loaded.encode_text(tokens)
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("swin_tny", 'did you mean "swin_tiny"'),
+        ("nothing.safetensors", "is no file or folder"),
+    ],
+)
+def test_a_source_that_is_not_there_is_told(source, words):
+    with pytest.raises(InputError, match=words):
+        unicl_jax.load(source)
+
+
+def test_folders_that_hold_no_model_are_told(tmp_path, run):
+    with pytest.raises(InputError, match="workdir, or hold model.safetensors"):
+        unicl_jax.load(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="must hold the config.json of its run"):
+        unicl_jax.load(tmp_path)
+    shutil.copy(run / "config.json", tmp_path)
+    with pytest.raises(InputError, match="holds no checkpoint yet"):
+        unicl_jax.load(tmp_path)
+
+
+# --- Names.
+
+
+def test_every_variant_is_a_model_of_its_name():
+    found = model.variants()
+    assert {"swin_tiny", "swin_small", "swin_base", "resnet50"} <= set(found)
+    for name, section in found.items():
+        params, _ = weights.shapes(section)
+        width = params["image_projection"].shape
+        assert width[1] == section["embed_dim"], name
+        assert section["image"]["name"] == name
+
+
+# --- Export.
+
+
+def test_a_run_is_exported_and_read_again(run, loaded, tmp_path, capsys):
+    to = tmp_path / "model.safetensors"
+    assert export.main([f"--from={run}", f"--to={to}"]) == 0
+    said = capsys.readouterr().out
+    assert "unicl; read again, the largest difference is 0" in said
+    again = unicl_jax.load(to)
+    np.testing.assert_array_equal(
+        again.encode_image(pictures()), loaded.encode_image(pictures())
+    )
+    np.testing.assert_array_equal(again.encode_text("a"), loaded.encode_text("a"))
+    assert again.config["text"] == dict(loaded.config["text"])
+    # The image tower alone, from that file.
+    backbone = tmp_path / "backbone.safetensors"
+    options = [f"--from={to}", f"--to={backbone}", "--format=timm_swin"]
+    assert export.main(options) == 0
+    tower = unicl_jax.load(backbone)
+    assert tower.encode_image(pictures()).shape == (3, tower.embed_dim)
+    with pytest.raises(InputError, match="texts need a text tower"):
+        tower.encode_text("a cat")
+
+
+def test_an_export_says_how_far_what_it_wrote_is_off(run, tmp_path, monkeypatch):
+    """As if the disk had changed one weight."""
+
+    def read(path):
+        arrays, about = read_arrays(path)
+        arrays["image_encoder.norm.bias"] = arrays["image_encoder.norm.bias"] + 1
+        return arrays, about
+
+    monkeypatch.setattr(export, "read_arrays", read)
+    assert export.export(run, tmp_path / "model.npz") > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--format=hf_clip"], 'is "swin"; formats for that: unicl, timm_swin'),
+        (["--to=model.h5"], 'got ".h5"'),
+        (["--from=nowhere"], '"nowhere" is no file or folder'),
+    ],
+)
+def test_a_wrong_export_is_one_line(options, words, run, tmp_path, capsys):
+    defaults = [f"--from={run}", f"--to={tmp_path / 'model.npz'}"]
+    assert export.main(defaults + options) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words in said and said.count("\n") == 1
+
+
+def test_importing_the_package_loads_no_towers():
+    import subprocess
+    import sys
+
+    code = "import unicl_jax, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {"flax", "orbax", "PIL"} & set(done.stdout.split())
+    assert jax.__name__ in done.stdout.split()

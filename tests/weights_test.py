@@ -1,0 +1,313 @@
+"""Weights in and out: other people's files give their models' numbers, and go back."""
+
+import pickle
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+
+from unicl_jax import encoders
+from unicl_jax.encoders.weights import Weights, from_arrays, to_arrays
+from unicl_jax.encoders.weights.files import read_arrays, write_arrays
+from unicl_jax.errors import InputError
+
+HEADS = {"text": {"num_heads": 4}}  # the golden model's; released ones have 64 a head
+
+
+@pytest.fixture(scope="module")
+def release(golden):
+    return golden("unicl_tiny/state_dict.npz")
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch makes the files to read")
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+# --- UniCL's names.
+
+
+def test_shapes_tell_the_model(release):
+    found = from_arrays(release)
+    assert found.model["image"] == {
+        "name": "swin",
+        "image_size": 64,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depths": (2, 2, 2, 1),
+        "num_heads": (3, 6, 12, 24),
+        "window_size": 4,
+    }
+    assert found.model["text"] == {
+        "name": "transformer",
+        "vocab_size": 512,
+        "context_length": 16,
+        "width": 64,
+        "num_heads": 1,  # what shapes cannot tell
+        "num_layers": 2,
+    }
+    assert found.model["embed_dim"] == 32
+    assert from_arrays(release, **HEADS).model["text"]["num_heads"] == 4
+
+
+OLDER = {
+    "elevater": {
+        "image_encoder.": "visual.",
+        "text_encoder.": "text.",
+        "image_projection": "vision_projection",
+    },
+    "klite": {"text_encoder.": "lang_encoder.", "text_projection": "lang_projection"},
+    "ddp": {"": "module."},
+}
+
+
+@pytest.mark.parametrize("names", OLDER.values(), ids=OLDER)
+def test_older_names_are_the_same_model(names, release):
+    renamed = {}
+    for name, array in release.items():
+        for new, old in names.items():
+            if name.startswith(new):
+                name = old + name[len(new) :]
+        renamed[name] = array
+    assert set(renamed) != set(release)
+    assert_same(from_arrays(renamed).params, from_arrays(release).params)
+
+
+def test_what_is_written_is_what_was_read_tables_included(release):
+    again = to_arrays(from_arrays(release, **HEADS), "unicl")
+    assert set(again) == set(release)  # 137 weights and 9 tables
+    for name, array in release.items():
+        np.testing.assert_array_equal(again[name], array, err_msg=name)
+        assert again[name].dtype == array.dtype, name
+
+
+def test_every_array_is_used_and_every_weight_filled(release):
+    arrays = dict(release)
+    del arrays["text_encoder.ln_final.bias"]
+    arrays["text_encoder.head.weight"] = np.zeros(3)
+    arrays["image_encoder.norm.bias"] = np.zeros(5)
+    with pytest.raises(InputError) as caught:
+        from_arrays(arrays)
+    for words in (
+        "1 missing (text_encoder.ln_final.bias)",
+        "1 left over (text_encoder.head.weight)",
+        "1 of another shape (image_encoder.norm.bias: (5,), not (192,))",
+    ):
+        assert words in str(caught.value)
+
+
+def test_names_of_nobody_are_shown():
+    with pytest.raises(InputError, match="known layout.*unicl.*got 1 arrays named foo"):
+        from_arrays({"foo.bar": np.zeros(3)})
+
+
+def test_a_file_without_a_tower_names_what_is_not_there(release):
+    arrays = {k: v for k, v in release.items() if "positional" not in k}
+    with pytest.raises(InputError, match="must hold.*text_encoder.positional_embed"):
+        from_arrays(arrays)
+
+
+@pytest.mark.parametrize("layout", ["hf_clip", "openai_clip", "timm_resnet"])
+def test_a_layout_for_other_towers_is_refused_with_those_that_fit(layout, release):
+    with pytest.raises(InputError, match='is "swin"; formats for that: unicl, timm_sw'):
+        to_arrays(from_arrays(release), layout)
+
+
+def test_a_layout_that_would_be_read_as_another_model_is_refused(release):
+    found = from_arrays(release)
+    text = {**found.model["text"], "eps": 1e-5}
+    other = Weights({**found.model, "text": text}, found.params, found.state)
+    with pytest.raises(InputError, match="eps.*would be taken for another"):
+        to_arrays(other, "unicl")
+
+
+# --- Backbones.
+
+
+def image_features(found, images):
+    tower = encoders.image_tower(found.model["image"])
+    run = jax.jit(lambda p, s, x: tower.apply(p["image"], s["image"], x)[0])
+    return run(found.params, found.state, images.transpose(0, 2, 3, 1))
+
+
+def timms(torch, name):
+    timm = pytest.importorskip("timm", reason="timm makes the models to compare with")
+    torch.manual_seed(0)
+    if name == "swin":
+        from timm.models.swin_transformer import SwinTransformer as Swin
+
+        options = dict(embed_dim=24, depths=(2, 2), num_heads=(2, 4), window_size=4)
+        return Swin(img_size=32, num_classes=5, **options).eval(), 32
+    from timm.models.resnet import Bottleneck, ResNet
+
+    del timm
+    model = ResNet(Bottleneck, [1, 2, 1, 1], num_classes=5).eval()
+    for module in model.modules():  # else all of a block's branch is multiplied by 0
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, std=0.1)
+    return model, 64
+
+
+@pytest.mark.parametrize("name", ["swin", "resnet"])
+def test_timms_backbones_give_timms_features(name, torch):
+    model, size = timms(torch, name)
+    images = np.random.default_rng(0).normal(size=(2, 3, size, size)).astype("f4")
+    with torch.no_grad():
+        want = model.forward_head(
+            model.forward_features(torch.tensor(images)), pre_logits=True
+        ).numpy()
+    arrays = {k: v.numpy() for k, v in model.state_dict().items()}
+    change = {"image": {"image_size": size}}  # a ResNet's is not in its weights
+    found = from_arrays(arrays, **change)
+    assert np.abs(want).max() > 0.5
+    # Two float32 implementations, sums in another order.
+    np.testing.assert_allclose(image_features(found, images), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["swin", "resnet"])
+def test_timm_takes_our_backbones(name, torch):
+    model, size = timms(torch, name)
+    arrays = {k: v.numpy().copy() for k, v in model.state_dict().items()}
+    found = from_arrays(arrays, image={"image_size": size})
+    again = to_arrays(found, f"timm_{name}")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    lost = model.load_state_dict(
+        {k: torch.tensor(v) for k, v in again.items()}, strict=False
+    )
+    assert not lost.unexpected_keys
+    assert {k.split(".")[-1] for k in lost.missing_keys if "fc" not in k} <= {
+        "num_batches_tracked"
+    }
+    for key, value in model.state_dict().items():
+        if key in again:
+            np.testing.assert_array_equal(value.numpy(), arrays[key], err_msg=key)
+
+
+# --- Files.
+
+
+def test_files_keep_every_bit(tmp_path, release):
+    for suffix in ("safetensors", "npz"):
+        path = tmp_path / f"weights.{suffix}"
+        write_arrays(path, release, {"said": "so"})
+        arrays, about = read_arrays(path)
+        assert_same(arrays, dict(release))
+        assert about == ({"said": "so"} if suffix == "safetensors" else {})
+        assert arrays["logit_scale"].shape == ()
+    assert len(list(tmp_path.iterdir())) == 2  # no partial files are left
+
+
+def test_half_precision_becomes_float32(tmp_path, torch):
+    values = torch.randn(3, 5)
+    from safetensors.torch import save_file
+
+    for dtype in (torch.float16, torch.bfloat16):
+        there = {"x": values.to(dtype), "n": torch.arange(4)}
+        save_file(there, tmp_path / "half.safetensors")
+        torch.save(there, tmp_path / "half.pth")
+        for file in ("half.safetensors", "half.pth"):
+            arrays, _ = read_arrays(tmp_path / file)
+            assert arrays["x"].dtype == np.float32
+            np.testing.assert_array_equal(arrays["x"], there["x"].float().numpy())
+            assert arrays["n"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_pytorch_file_is_read_as_pytorch_reads_it(tmp_path, torch):
+    shared = torch.randn(6, 4)
+    there = {
+        "whole": shared,
+        "transposed": shared.T,
+        "part": shared[1:4, ::2],
+        "one": torch.tensor(2.5, dtype=torch.float64),
+        "none": torch.zeros(0, 3),
+        "flags": torch.tensor([True, False]),
+    }
+    parameter = torch.nn.Parameter(torch.randn(3))
+    torch.save({"model": {**there, "p": parameter}, "epoch": 3}, tmp_path / "a.pth")
+    arrays, _ = read_arrays(tmp_path / "a.pth")
+    assert set(arrays) == {*there, "p"}
+    for name, tensor in {**there, "p": parameter.detach()}.items():
+        np.testing.assert_array_equal(arrays[name], tensor.numpy(), err_msg=name)
+        assert arrays[name].dtype == tensor.numpy().dtype
+
+
+def test_a_torchscript_archive_is_read_by_its_modules_names(tmp_path, torch):
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    import warnings
+
+    with warnings.catch_warnings():  # TorchScript is deprecated; OpenAI's files are not
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(module, torch.zeros(1, 3)), tmp_path / "jit.pt")
+    arrays, _ = read_arrays(tmp_path / "jit.pt")
+    want = {k: v.detach().numpy() for k, v in module.named_parameters()}
+    assert {k: v for k, v in arrays.items() if k in want}.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_array_equal(arrays[name], value)
+
+
+class Evil:
+    """Unpickled freely, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_nothing_in_a_pytorch_file_is_run(tmp_path, torch):
+    told = tmp_path / "written_by_evil"
+    weights = {"x": torch.ones(2), "config": Evil(told)}
+    torch.save(weights, tmp_path / "evil.pth")
+    arrays, _ = read_arrays(tmp_path / "evil.pth")
+    assert not told.exists() and list(arrays) == ["x"]
+    with zipfile.ZipFile(tmp_path / "evil.pth") as archive:
+        name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
+        assert b"written_by_evil" in archive.read(name)  # it was there to be run
+
+
+def damaged(tmp_path, kind):
+    path = tmp_path / f"damaged.{kind}"
+    if kind == "npz":
+        np.savez(path, x=np.array([{"an": "object"}]))
+    elif kind == "pth":
+        path.write_bytes(pickle.dumps({"x": 1}))  # as torch.save before 1.6 began
+    else:
+        write_arrays(path, {"x": np.ones(100)}, {})
+        path.write_bytes(path.read_bytes()[:-50])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "pth"])
+def test_a_damaged_file_is_told_by_name(kind, tmp_path):
+    path = damaged(tmp_path, kind)
+    with pytest.raises(InputError, match=rf'must be readable: ".*damaged.{kind}"'):
+        read_arrays(path)
+
+
+def test_a_pytorch_file_cut_off_in_a_tensor_is_told(tmp_path, torch):
+    torch.save({"x": torch.randn(100)}, tmp_path / "a.pth")
+    whole = (tmp_path / "a.pth").read_bytes()
+    (tmp_path / "a.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="must be readable"):
+        read_arrays(tmp_path / "a.pth")
+
+
+def test_a_missing_file_and_an_unknown_kind_are_told(tmp_path):
+    with pytest.raises(InputError, match='there is no ".*nothing.npz"'):
+        read_arrays(tmp_path / "nothing.npz")
+    (tmp_path / "weights.h5").touch()
+    with pytest.raises(InputError, match=r'got ".h5"; .*Choices: .bin, .npz'):
+        read_arrays(tmp_path / "weights.h5")
+    with pytest.raises(InputError, match="directory that can be written"):
+        write_arrays(tmp_path / "no/where.npz", {"x": np.ones(1)}, {})

@@ -1,0 +1,142 @@
+"""Arrays by name, from and to files."""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from unicl_jax.encoders.weights.torch_files import read_torch
+from unicl_jax.errors import InputError, choose
+
+
+def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads a weights file.
+
+    Args:
+      path: `.safetensors`, `.npz`, or a PyTorch file (`.pth`, `.pt`, `.bin`), which is
+        read without PyTorch, and nothing in it is run.
+
+    Returns:
+      Arrays by name, floating-point ones in float32 (float64 stays); and what the file
+      says of itself, strings by name.
+
+    Raises:
+      InputError: if it is missing, damaged, or no format of these.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f'weights must be a file: there is no "{path}".')
+    read = choose(READERS, path.suffix.lower(), f'weights "{path}": kind of file')
+    arrays, about = read(path)
+    return {name: _widened(array) for name, array in arrays.items()}, about
+
+
+def write_arrays(
+    path: str | Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, str]
+) -> None:
+    """Writes a weights file; a kill leaves the old one or the new one.
+
+    Args:
+      path: `.safetensors` or `.npz`.
+      arrays: by name.
+      about: strings by name, kept in a `.safetensors` file.
+
+    Raises:
+      InputError: if it cannot be written, or is no format of these.
+    """
+    path = Path(path)
+    write = choose(WRITERS, path.suffix.lower(), f'weights "{path}": kind of file')
+    partial = path.with_name(f".{path.stem}.part{path.suffix}")
+    # Not `ascontiguousarray`, which gives a scalar an axis.
+    arrays = {name: np.array(array, order="C") for name, array in arrays.items()}
+    try:
+        write(partial, arrays, about)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(
+            f'weights must go to a directory that can be written: "{path}" gave '
+            f"{error.strerror or error}; name another."
+        ) from error
+
+
+def _widened(array):
+    if array.dtype.kind in "iub" or array.dtype == np.float64:
+        return array
+    return array.astype(np.float32)
+
+
+def _read_safetensors(path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            about = dict(file.metadata() or {})
+            names = list(file.keys())
+            kinds = {name: file.get_slice(name).get_dtype() for name in names}
+            if "BF16" in kinds.values():
+                return _bits_as_float32(path), about
+            return {name: file.get_tensor(name) for name in names}, about
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f'weights must be readable: "{path}" is no whole .safetensors file '
+            f"({error}); get it again."
+        ) from error
+
+
+def _bits_as_float32(path):
+    """Every array of a file with bfloat16 ones, for which NumPy has no type."""
+    import ml_dtypes
+    from safetensors import deserialize
+
+    kinds = {
+        "BF16": ml_dtypes.bfloat16,
+        "F16": np.float16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "I64": np.int64,
+        "I32": np.int32,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }
+    return {
+        name: np.frombuffer(each["data"], kinds[each["dtype"]]).reshape(each["shape"])
+        for name, each in deserialize(path.read_bytes())
+    }
+
+
+def _write_safetensors(path, arrays, about):
+    from safetensors.numpy import save_file
+
+    save_file(arrays, path, metadata=dict(about))
+
+
+def _read_npz(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}, {}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(
+            f'weights must be readable: "{path}" is no whole .npz file of arrays '
+            f"({error}); get it again."
+        ) from error
+
+
+def _write_npz(path, arrays, about):
+    del about  # it has no place for it
+    np.savez(path, **arrays)
+
+
+def _read_torch(path):
+    return read_torch(path), {}
+
+
+READERS = {
+    ".safetensors": _read_safetensors,
+    ".npz": _read_npz,
+    ".pth": _read_torch,
+    ".pt": _read_torch,
+    ".bin": _read_torch,
+}
+WRITERS = {".safetensors": _write_safetensors, ".npz": _write_npz}

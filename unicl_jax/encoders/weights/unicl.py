@@ -1,0 +1,154 @@
+"""UniCL's releases: Swin or FocalNet, and the method's text transformer.
+
+Source: microsoft/UniCL at 9983bf8, and the older layouts of ELEVATER and K-LITE.
+"""
+
+import re
+
+import numpy as np
+
+from unicl_jax.encoders.swin import relative_position_index, shift_mask
+from unicl_jax.encoders.weights.layout import (
+    Layout,
+    grid,
+    linear,
+    patches,
+    rename,
+    same,
+    scalar,
+)
+
+# What the release computes and saves all the same.
+BUFFERS = re.compile(r"(relative_position_index|attn_mask)$")
+
+# The release's two older namings, and what DDP puts before all names.
+OLDER = (
+    (r"^module\.", ""),
+    (r"^visual\.", "image_encoder."),
+    (r"^(text|lang_encoder)\.", "text_encoder."),
+    (r"^vision_projection$", "image_projection"),
+    (r"^lang_projection$", "text_projection"),
+)
+
+# From our paths to the release's names.
+SWIN = (
+    (r"layers_(\d+)_blocks_(\d+)/", r"layers.\1.blocks.\2."),
+    (r"layers_(\d+)_downsample/", r"layers.\1.downsample."),
+    (r"focal_layers_(\d+)/", r"focal_layers.\1.0."),
+)
+TEXT = (
+    (r"resblocks_(\d+)/", r"resblocks.\1."),
+    (r"attn_in_proj/kernel$", "attn.in_proj_weight"),
+    (r"attn_in_proj/bias$", "attn.in_proj_bias"),
+    (r"attn_out_proj/", "attn.out_proj/"),
+)
+LEAVES = ((r"/(kernel|scale|embedding)$", ".weight"), (r"/", "."))
+
+
+def canonical(arrays):
+    """The release's own names; fixed tables left out."""
+    return {
+        rename(name, OLDER): array
+        for name, array in arrays.items()
+        if not BUFFERS.search(name)
+    }
+
+
+def _matches(names):
+    names = {rename(name, OLDER) for name in names}
+    return {"image_projection", "text_projection"} <= names and (
+        "text_encoder.token_embedding.weight" in names
+    )
+
+
+def _part(path):
+    kernel = path.endswith("/kernel")
+    if path.startswith("image/"):
+        name = "image_encoder." + rename(path[len("image/") :], SWIN + LEAVES)
+        if name.endswith("absolute_pos_embed"):
+            return grid(name)
+        if kernel and name.endswith("patch_embed.proj.weight"):
+            return patches(name)
+        return linear(name) if kernel else same(name)
+    if path.startswith("text/"):
+        name = "text_encoder." + rename(path[len("text/") :], TEXT + LEAVES)
+        return linear(name) if kernel else same(name)
+    if path == "logit_scale":
+        return scalar(path)
+    if path in ("image_projection", "text_projection"):
+        return same(path)
+    return None
+
+
+def count(names, pattern):
+    """One more than the largest number at the pattern's group, in any name; 0: none."""
+    found = [re.search(pattern, name) for name in names]
+    return 1 + max((int(m[1]) for m in found if m), default=-1)
+
+
+def swin_options(arrays, prefix, image_size=None):
+    """The options of `swin` that fit the shapes of its weights."""
+    stages = count(arrays, re.escape(prefix) + r"layers\.(\d+)\.")
+    depths = [
+        count(arrays, re.escape(prefix) + rf"layers\.{s}\.blocks\.(\d+)\.")
+        for s in range(stages)
+    ]
+    tables = [
+        arrays[f"{prefix}layers.{s}.blocks.0.attn.relative_position_bias_table"]
+        for s in range(stages)
+    ]
+    proj = arrays[f"{prefix}patch_embed.proj.weight"]
+    windows = [(round(table.shape[0] ** 0.5) + 1) // 2 for table in tables]
+    options = {
+        "name": "swin",
+        "embed_dim": proj.shape[0],
+        "depths": tuple(depths),
+        "num_heads": tuple(table.shape[1] for table in tables),
+        "window_size": windows[0],
+        "patch_size": proj.shape[2],
+    }
+    if image_size is None:
+        # Where a late stage is smaller than the window, its window tells its size.
+        # Otherwise the least that fits windows of 7 (8) on all stages: 224 (256).
+        small = [s for s, window in enumerate(windows) if window < windows[0]]
+        last = small[0] if small else stages - 1
+        image_size = windows[last] * proj.shape[2] * 2**last
+    return {**options, "image_size": image_size}
+
+
+def _model(arrays):
+    text = arrays["text_encoder.token_embedding.weight"].shape
+    return {
+        "image": swin_options(arrays, "image_encoder."),
+        "text": {
+            "name": "transformer",
+            "vocab_size": text[0],
+            "width": text[1],
+            "context_length": arrays["text_encoder.positional_embedding"].shape[0],
+            "num_heads": max(1, text[1] // 64),  # as in every release
+            "num_layers": count(arrays, r"text_encoder\.resblocks\.(\d+)\."),
+        },
+        "embed_dim": arrays["image_projection"].shape[1],
+    }
+
+
+def _tables(image):
+    """A Swin's index of relative positions, and its shifted windows' masks."""
+    if "window_size" not in image:
+        return {}
+    tables = {}
+    resolution = image["image_size"] // image["patch_size"]
+    for s, depth in enumerate(image["depths"]):
+        window = min(image["window_size"], resolution)
+        for b in range(depth):
+            prefix = f"image_encoder.layers.{s}.blocks.{b}."
+            index = relative_position_index(window)
+            tables[f"{prefix}attn.relative_position_index"] = np.int64(index)
+            if b % 2 and resolution > window:
+                mask = shift_mask(resolution, window, window // 2)
+                tables[f"{prefix}attn_mask"] = mask
+        resolution //= 2
+    return tables
+
+
+UNICL = Layout("unicl", _matches, canonical, _model, _part, _tables)

@@ -1,0 +1,105 @@
+"""Writes a model's weights in others' layouts, reads them again and compares.
+
+python -m unicl_jax.export --from=runs/quickstart --to=model.safetensors
+python -m unicl_jax.export --from=model.safetensors --to=swin.safetensors \
+  --format=timm_swin
+
+Both models are run on the same random images and texts; the largest difference between
+their features is printed.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from unicl_jax import model
+from unicl_jax.encoders import weights
+from unicl_jax.encoders.weights import Weights
+from unicl_jax.encoders.weights.files import read_arrays, write_arrays
+from unicl_jax.errors import InputError
+
+# Of a `model` section, what says how to train and not what the model is.
+OF_TRAINING = ("dtype", "logit_scale_init")
+
+
+def export(source: str | Path, to: str | Path, layout: str = "unicl") -> float:
+    """Writes a model's weights, and compares what it reads there with the model.
+
+    Args:
+      source: as for `model.load`.
+      to: the file, `.safetensors` or `.npz`.
+      layout: a key of `encoders.weights.LAYOUTS`; some hold an image tower alone.
+
+    Returns:
+      The largest difference between the features of the model and those of what was
+      read again.
+
+    Raises:
+      InputError: if the source is no model, the layout has no place for it, or the file
+        cannot be written.
+    """
+    loaded = model.load(source)
+    config = {k: v for k, v in loaded.config.items() if k not in OF_TRAINING}
+    if weights.FITS[layout].text is None:
+        config.pop("text", None)
+    params, state = jax.tree.map(np.asarray, (loaded.params, loaded.state))
+    arrays = weights.to_arrays(Weights(loaded.config, params, state), layout)
+    write_arrays(to, arrays, {model.ABOUT: json.dumps(config), "format": "pt"})
+    again = weights.from_arrays(read_arrays(to)[0], layout, **config)
+    params = {name: loaded.params[name] for name in again.params}
+    state = {name: loaded.state[name] for name in again.state}
+    return _difference(model.Model(Weights(config, params, state)), model.Model(again))
+
+
+def _difference(one, other):
+    """The largest of two models' raw features, over random images and texts."""
+    rng = np.random.default_rng(0)
+    size, text = one.image_size, one.config.get("text")
+    images = rng.integers(0, 256, (4, size, size, 3), dtype=np.uint8)
+    features = [[m.encode_image(images, normalize=False) for m in (one, other)]]
+    if text is not None:
+        shape = (4, text["context_length"])
+        tokens = rng.integers(1, text["vocab_size"] - 2, shape, dtype=np.int32)
+        tokens[:, -1] = text["vocab_size"] - 1  # ends them
+        features.append([m.encode_text(tokens, normalize=False) for m in (one, other)])
+    return max(float(np.abs(a - b).max()) for a, b in features)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+      argv: what follows the module's name.
+
+    Returns:
+      The exit code: 0; 2 for wrong input.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m unicl_jax.export", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--from", dest="source", required=True, help="workdir, weights file or name"
+    )
+    parser.add_argument("--to", required=True, help=".safetensors or .npz")
+    parser.add_argument("--format", default="unicl", choices=tuple(weights.LAYOUTS))
+    options = parser.parse_args(argv)
+    try:
+        difference = export(options.source, options.to, options.format)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    megabytes = Path(options.to).stat().st_size / 1e6
+    print(
+        f"{options.to}: {megabytes:.1f} MB, {options.format}; read again, the largest "
+        f"difference is {difference:.2g}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

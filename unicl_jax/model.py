@@ -1,0 +1,341 @@
+"""A trained model to use: pictures and texts in, unit embeddings out.
+
+import unicl_jax
+model = unicl_jax.load("runs/quickstart")
+u = model.encode_image(model.preprocess(["cat.jpg"]))
+v = model.encode_text(["a cat", "a dog"])
+probabilities = jax.nn.softmax(model.logit_scale * u @ v.T)
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from unicl_jax import augment, encoders
+from unicl_jax.encoders import weights
+from unicl_jax.encoders.weights import Weights
+from unicl_jax.encoders.weights.files import read_arrays
+from unicl_jax.errors import InputError, did_you_mean
+
+ABOUT = "unicl_jax.model"  # where a file that we wrote says what its model is
+
+# mean and standard deviation of pixels / 255; the shorter side before the crop, over
+# the crop's: timm's evaluation and OpenAI's.
+NORMALIZATIONS = {
+    "imagenet": (augment.MEAN, augment.STD, 256 / 224),
+    "clip": (
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+        1.0,
+    ),
+}
+
+TEXT_TOWER = {
+    "name": "transformer",
+    "vocab_size": 49408,
+    "context_length": 77,
+    "width": 512,
+    "num_heads": 8,
+    "num_layers": 12,
+}
+
+
+class Model:
+    """The two towers with their weights, compiled on first use.
+
+    Attributes:
+      config: what it is: a config's `model` section, as a dict.
+      params: of the towers.
+      state: of the towers: batch norm's statistics, or empty dicts.
+      image_size: pixels of a side of what `encode_image` takes.
+      embed_dim: D, width of the embeddings; of an image tower alone, its features'.
+      logit_scale: s, the multiplier of products of embeddings.
+    """
+
+    def __init__(self, found: Weights, encode_image=None):
+        """Takes weights as `weights.from_arrays` or `load` make them.
+
+        Args:
+          found: the model and its weights.
+          encode_image: (params, state, normalised images) -> unit embeddings, where
+            the objective it was trained for has a way of its own; None: the towers'.
+        """
+        self.config = dict(found.model)
+        self.params, self.state = jax.tree.map(jnp.asarray, found[1:])
+        image = self.config["image"]
+        self.image_size = image.get("image_size", 224)
+        normalization = self.config.get("normalization", "imagenet")
+        self._mean, self._std, self._margin = NORMALIZATIONS[normalization]
+        self._text = self.config.get("text")
+        if self._text is None:
+            tower = encoders.image_tower(image)
+            self.embed_dim, self.logit_scale = tower.width, 1.0
+
+            def features(params, state, images):
+                return tower.apply(params["image"], state["image"], images)[0]
+
+            self._image = jax.jit(features)
+        else:
+            two = encoders.from_config({**weights.MODEL, **self.config})
+            self.embed_dim = self.config["embed_dim"]
+            self.logit_scale = float(two.logit_scale(self.params))
+            self._image = jax.jit(_projected(two.image_features, "image"))
+            self._texts = jax.jit(_projected(two.text_features, "text"))
+        if encode_image is not None:
+            self._image = jax.jit(encode_image)
+
+    def encode_image(self, images, *, normalize: bool = True) -> jax.Array:
+        """Embeds images.
+
+        Args:
+          images: [B, S, S, 3] uint8 (normalised here), or float normalised already; S
+            is `image_size`. `preprocess` makes them from pictures.
+          normalize: to unit L2 norm.
+
+        Returns:
+          [B, D] float32.
+
+        Raises:
+          InputError: if shape or dtype don't fit.
+        """
+        images = jnp.asarray(images)
+        size = self.image_size
+        floating = jnp.issubdtype(images.dtype, jnp.floating)
+        if images.shape[1:] != (size, size, 3) or not (
+            floating or images.dtype == jnp.uint8
+        ):
+            raise InputError(
+                f"images must be [B, {size}, {size}, 3], uint8 or float normalised: "
+                f"got {images.shape} {images.dtype}; model.preprocess makes them so."
+            )
+        if not floating:
+            images = (images / 255 - jnp.array(self._mean)) / jnp.array(self._std)
+        out = self._image(self.params, self.state, images.astype(jnp.float32))
+        return encoders.unit(out) if normalize else out
+
+    def encode_text(self, texts, *, normalize: bool = True) -> jax.Array:
+        """Embeds texts.
+
+        Args:
+          texts: a string, a sequence of B strings, or int32 tokens [B, L].
+          normalize: to unit L2 norm.
+
+        Returns:
+          [B, D] float32.
+
+        Raises:
+          InputError: if there is no text tower, or the tokens don't fit it.
+        """
+        if self._text is None:
+            raise InputError(
+                f'texts need a text tower: this is an image tower alone ("'
+                f'{self.config["image"]["name"]}"); load a model of both.'
+            )
+        is_text = isinstance(texts, str) or (
+            len(texts) and isinstance(texts[0], str)  # an array of ids has none
+        )
+        tokens = self.tokenize(texts) if is_text else np.asarray(texts)
+        length, vocab_size = self._text["context_length"], self._text["vocab_size"]
+        if (
+            tokens.ndim != 2
+            or not np.issubdtype(tokens.dtype, np.integer)
+            or not 0 < tokens.shape[1] <= length
+        ):
+            raise InputError(
+                f"texts must be strings or integer tokens [B, L], L up to {length}: "
+                f"got {tokens.dtype} {tokens.shape}."
+            )
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+            raise InputError(
+                f"tokens must be in [0, {vocab_size}): got {tokens.min()} to "
+                f"{tokens.max()}; model.tokenize makes them."
+            )
+        out = self._texts(self.params, self.state, jnp.asarray(tokens, jnp.int32))
+        return encoders.unit(out) if normalize else out
+
+    def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Texts to token ids.
+
+        Args:
+          texts: one or B strings. What is too long is cut, its end-of-text kept.
+
+        Returns:
+          [B, context_length] int32.
+
+        Raises:
+          InputError: if there is no text tower, or a text is empty.
+        """
+        from unicl_jax.data.tokenizer import Tokenizer
+
+        if self._text is None:
+            raise InputError("tokens need a text tower: this is an image tower alone.")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        empty = [i for i, text in enumerate(texts) if not text.strip()]
+        if empty:
+            raise InputError(
+                f"texts must not be empty: got {texts[empty[0]]!r} at index {empty[0]}."
+            )
+        return Tokenizer(self._text["context_length"], self._text["vocab_size"])(texts)
+
+    def preprocess(self, pictures) -> np.ndarray:
+        """Pictures to the pixels that `encode_image` takes.
+
+        The shorter side to the crop's (times 256 / 224 for ImageNet's normalization),
+        bicubic; then the centre.
+
+        Args:
+          pictures: PIL images or paths, one or B.
+
+        Returns:
+          [B, S, S, 3] uint8.
+
+        Raises:
+          InputError: if a file is missing or is no picture.
+        """
+        if isinstance(pictures, str | Path) or not isinstance(pictures, Sequence):
+            pictures = [pictures]
+        size = self.image_size
+        pixels = [_centre(p, size, int(self._margin * size)) for p in pictures]
+        return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
+
+
+def _projected(features, tower):
+    def encode(params, state, inputs):
+        out, _ = features(params, state, inputs)
+        return jnp.matmul(
+            out, params[f"{tower}_projection"], precision=lax.Precision.HIGHEST
+        )
+
+    return encode
+
+
+def _centre(picture, size, shorter):
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(picture, str | Path):
+        try:
+            picture = Image.open(picture)
+            picture.load()
+        except (OSError, UnidentifiedImageError) as error:
+            raise InputError(
+                f'pictures must be readable image files: "{picture}" is not ({error}).'
+            ) from error
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(white, picture)  # as in training
+    picture = picture.convert("RGB")
+    width, height = picture.size
+    scale = shorter / min(width, height)
+    to = (max(size, int(scale * width)), max(size, int(scale * height)))
+    picture = picture.resize(to, Image.Resampling.BICUBIC)
+    left, top = (round((side - size) / 2) for side in picture.size)
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+def load(
+    source: str | Path, *, layout: str | None = None, seed: int = 0, **changes
+) -> Model:
+    """Loads a model to use.
+
+    Args:
+      source: a run's workdir; a weights file (`.safetensors`, `.npz`, `.pth`, `.pt`,
+        `.bin`) in a layout of `encoders.weights.LAYOUTS`; a folder with Hugging Face's
+        `config.json` and `model.safetensors`; or a name in `variants()`, for random
+        weights.
+      layout: of a file, if its names should not tell.
+      seed: of random weights.
+      **changes: options that a file's shapes don't tell, as `text={"num_heads": 4}`.
+
+    Returns:
+      The model.
+
+    Raises:
+      InputError: if there is no such thing, or it is not whole.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if (path / "checkpoints").is_dir():
+            return _of_run(path)
+        return _of_hugging_face(path, changes)
+    if path.is_file():
+        arrays, about = read_arrays(path)
+        if ABOUT in about and not changes:
+            changes = json.loads(about[ABOUT])
+        return Model(weights.from_arrays(arrays, layout, **changes))
+    known = variants()
+    if str(source) not in known:
+        raise InputError(
+            f'a model must be a workdir, a weights file or a name: "{source}" is no '
+            f"file or folder; {did_you_mean(str(source), known)}"
+        )
+    model = {**known[str(source)], **changes}
+    two = encoders.from_config({**weights.MODEL, **model})
+    return Model(Weights(model, *jax.jit(two.init)(jax.random.key(seed))))
+
+
+def variants() -> dict[str, dict[str, Any]]:
+    """The models that have a name: a config's `model` section for each."""
+    found = {}
+    for name in encoders.IMAGE_TOWERS:
+        if name in encoders.UNNAMED:
+            continue
+        text, embed_dim = dict(TEXT_TOWER), 512
+        image = {"name": name, "image_size": 224}
+        found[name] = {"image": image, "text": text, "embed_dim": embed_dim}
+        if name.startswith("vit_"):
+            wide = {"width": 768, "num_heads": 12} if name.startswith("vit_l") else {}
+            text |= {"eps": 1e-5, **wide}
+            found[name] |= {
+                "embed_dim": text["width"],
+                "normalization": "clip",
+                "logit_scale_init": 2.659,
+            }
+    return found
+
+
+def _of_run(workdir: Path) -> Model:
+    """The newest checkpoint of a run, evaluated as the run evaluates it."""
+    from unicl_jax import checkpoint, objectives
+
+    try:
+        config = json.loads((workdir / "config.json").read_text())
+        model, objective = config["model"], config["objective"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f'a workdir must hold the config.json of its run: "{workdir}" does not '
+            f"({error})."
+        ) from error
+    params, state = checkpoint.read_towers(workdir)
+    two = encoders.from_config(model)
+    made = objectives.make_objective(objective, two)
+    own = made.encode_image if made.concepts is None else None
+    return Model(Weights(model, params, state), own)
+
+
+def _of_hugging_face(folder: Path, changes: Mapping[str, Any]) -> Model:
+    file, about = folder / "model.safetensors", folder / "config.json"
+    if not file.is_file():
+        raise InputError(
+            f'a folder must be a workdir, or hold model.safetensors: "{folder}" is '
+            "neither; name the weights file."
+        )
+    arrays, _ = read_arrays(file)
+    changes = {k: dict(v) if isinstance(v, Mapping) else v for k, v in changes.items()}
+    if about.is_file():
+        said = json.loads(about.read_text())
+        for tower, key in (("image", "vision_config"), ("text", "text_config")):
+            own = changes.setdefault(tower, {})
+            for ours, theirs in (
+                ("activation", "hidden_act"),
+                ("num_heads", "num_attention_heads"),
+            ):
+                if theirs in said.get(key, {}):
+                    own.setdefault(ours, said[key][theirs])
+    return Model(weights.from_arrays(arrays, **changes))
