@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from unicl_jax.encoders import focalnet as _focalnet
 from unicl_jax.encoders import resnet as _resnet
 from unicl_jax.encoders import swin as _swin
 from unicl_jax.encoders.encoder import Encoder
+from unicl_jax.encoders.focalnet import focalnet
 from unicl_jax.encoders.resnet import resnet
 from unicl_jax.encoders.swin import swin
 from unicl_jax.encoders.text import transformer
@@ -18,6 +20,8 @@ from unicl_jax.errors import InputError, choose, did_you_mean
 IMAGE_TOWERS = {
     "swin": swin,
     **{k: functools.partial(swin, **v) for k, v in _swin.VARIANTS.items()},
+    "focalnet": focalnet,
+    **{k: functools.partial(focalnet, **v) for k, v in _focalnet.VARIANTS.items()},
     "resnet": resnet,
     **{k: functools.partial(resnet, **v) for k, v in _resnet.VARIANTS.items()},
 }
@@ -31,6 +35,7 @@ __all__ = [
     "TEXT_TOWERS",
     "Encoder",
     "TwoTower",
+    "focalnet",
     "from_config",
     "image_tower",
     "make_two_tower",
