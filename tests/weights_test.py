@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from unicl_jax import encoders
-from unicl_jax.encoders.weights import Weights, from_arrays, to_arrays
+from unicl_jax.encoders.weights import MODEL, Weights, from_arrays, to_arrays
 from unicl_jax.encoders.weights.files import read_arrays, write_arrays
 from unicl_jax.errors import InputError
+from unicl_jax.model import load
 
 HEADS = {"text": {"num_heads": 4}}  # the golden model's; released ones have 64 a head
 
@@ -125,6 +126,144 @@ def test_a_layout_that_would_be_read_as_another_model_is_refused(release):
     other = Weights({**found.model, "text": text}, found.params, found.state)
     with pytest.raises(InputError, match="eps.*would be taken for another"):
         to_arrays(other, "unicl")
+
+
+FOCALS = {
+    "patches": {},
+    "klite": {"conv_embed": True, "modulation_norm": True, "layer_scale": 1e-6},
+}
+
+
+@pytest.mark.parametrize("options", FOCALS.values(), ids=FOCALS)
+def test_a_focalnet_goes_out_and_comes_back(options):
+    sizes = dict(embed_dim=16, depths=(1, 2), focal_levels=(2, 3), focal_windows=(3, 3))
+    image = {"name": "focalnet", "image_size": 32, **sizes, **options}
+    text = dict(vocab_size=600, width=64, num_heads=1, num_layers=1, context_length=9)
+    model = {"image": image, "text": {"name": "transformer", **text}, "embed_dim": 8}
+    two = encoders.from_config({**MODEL, **model})
+    params, state = jax.tree.map(np.asarray, two.init(jax.random.key(0)))
+    arrays = to_arrays(Weights(model, params, state), "unicl")
+    stage = "image_encoder.layers.0."
+    kernel = arrays[f"{stage}blocks.0.modulation.focal_layers.1.0.weight"]
+    assert kernel.shape == (16, 1, 5, 5)
+    side = 3 if options else 2
+    assert arrays[f"{stage}downsample.proj.weight"].shape == (32, 16, side, side)
+    found = from_arrays(arrays, image={"image_size": 32})
+    assert_same(found.params, params)
+    for name, value in {**sizes, **options}.items():
+        assert found.model["image"].get(name, False) == value, name
+
+
+# --- CLIP's names.
+
+
+@pytest.fixture(scope="module")
+def clip(torch):
+    """A small CLIP of open_clip's, with OpenAI's names."""
+    open_clip = pytest.importorskip("open_clip", reason="it has OpenAI's names")
+    torch.manual_seed(0)
+    image = open_clip.CLIPVisionCfg(
+        layers=2, width=128, head_width=64, patch_size=8, image_size=32
+    )
+    text = open_clip.CLIPTextCfg(
+        context_length=12, vocab_size=600, width=64, heads=1, layers=2
+    )
+    model = open_clip.CLIP(32, image, text, quick_gelu=True).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # they start at 0, where their order would not show
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def clip_inputs():
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(3, 32, 32, 3)).astype("f4")
+    tokens = rng.integers(1, 598, (3, 12), dtype=np.int32)
+    tokens[:, 7:] = 599
+    return images, tokens
+
+
+def clip_features(found):
+    two = encoders.from_config({**MODEL, **found.model})
+
+    @jax.jit
+    def run(params, state, images, tokens):
+        u, _ = two.encode_image(params, state, images)
+        v, _ = two.encode_text(params, state, tokens)
+        return u, v
+
+    return run(found.params, found.state, *clip_inputs())
+
+
+def test_openais_names_give_open_clips_embeddings(clip, torch):
+    images, tokens = clip_inputs()
+    with torch.no_grad():
+        want = (
+            clip.encode_image(torch.tensor(images.transpose(0, 3, 1, 2)), True).numpy(),
+            clip.encode_text(torch.tensor(tokens), True).numpy(),
+        )
+    arrays = {k: v.numpy() for k, v in clip.state_dict().items()}
+    arrays["input_resolution"] = np.array(32)  # an archive of OpenAI's holds it, too
+    found = from_arrays(arrays)
+    assert found.model["image"]["image_size"] == 32
+    # Two float32 implementations; unit embeddings.
+    for got, there in zip(clip_features(found), want, strict=True):
+        np.testing.assert_allclose(got, there, atol=2e-6)
+    again = to_arrays(found, "openai_clip")
+    for name, array in again.items():
+        np.testing.assert_array_equal(array, arrays[name], err_msg=name)
+    assert set(arrays) - set(again) <= {"attn_mask", "input_resolution"}
+
+
+def test_hugging_faces_names_give_the_same_embeddings(clip, torch, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="it reads its own names")
+    found = from_arrays({k: v.numpy() for k, v in clip.state_dict().items()})
+    there = to_arrays(found, "hf_clip")
+    sizes = dict(num_hidden_layers=2, projection_dim=32, hidden_act="quick_gelu")
+    config = transformers.CLIPConfig(
+        vision_config=dict(
+            hidden_size=128,
+            intermediate_size=512,
+            num_attention_heads=2,
+            patch_size=8,
+            image_size=32,
+            **sizes,
+        ),
+        text_config=dict(
+            hidden_size=64,
+            intermediate_size=256,
+            num_attention_heads=1,
+            vocab_size=600,
+            max_position_embeddings=12,
+            eos_token_id=599,
+            **sizes,
+        ),
+        projection_dim=32,
+    )
+    model = transformers.CLIPModel(config).eval()
+    lost = model.load_state_dict(
+        {k: torch.tensor(v) for k, v in there.items()}, strict=False
+    )
+    assert not lost.unexpected_keys
+    assert all(k.endswith("position_ids") for k in lost.missing_keys)
+    images, tokens = clip_inputs()
+    with torch.no_grad():
+        out = model(
+            input_ids=torch.tensor(tokens),
+            pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)),
+        )
+    want = out.image_embeds.numpy(), out.text_embeds.numpy()
+    again = from_arrays({k: v.numpy() for k, v in model.state_dict().items()})
+    assert_same(again.params, found.params)
+    for got, theirs in zip(clip_features(again), want, strict=True):
+        np.testing.assert_allclose(got, theirs, atol=2e-6)
+    # A folder as the hub has it: config.json says what the weights don't.
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.config["image"]["activation"] == "quick_gelu"
+    got = loaded.encode_image(images)
+    np.testing.assert_allclose(got, want[0], atol=2e-6)
+    assert loaded.config["normalization"] == "clip"
 
 
 # --- Backbones.

@@ -26,7 +26,11 @@ IMAGE_TOWERS = {
     **{k: functools.partial(resnet, **v) for k, v in _resnet.VARIANTS.items()},
 }
 TEXT_TOWERS = {"transformer": transformer}
-UNNAMED = ("swin", "resnet")  # image towers that have a size only by their options
+UNNAMED = (
+    "swin",
+    "focalnet",
+    "resnet",
+)  # image towers that have a size only by their options
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 __all__ = [

@@ -51,6 +51,7 @@ def _model(arrays, token, position, patch, places, layers, projection):
             "eps": EPS,
         },
         "embed_dim": projection(arrays),
+        "normalization": "clip",
     }
 
 
@@ -73,7 +74,8 @@ def _openai_canonical(arrays):
     }
 
 
-def _openai_part(path):
+def _openai_part(path, axes):
+    del axes
     kernel = path.endswith("/kernel")
     if path == "image_projection":
         return same("visual.proj")
@@ -144,7 +146,8 @@ def _hf_canonical(arrays):
     }
 
 
-def _hf_part(path):
+def _hf_part(path, axes):
+    del axes
     if path in ("image_projection", "text_projection"):
         there = {"image": "visual", "text": "text"}[path.split("_")[0]]
         return linear(f"{there}_projection.weight")

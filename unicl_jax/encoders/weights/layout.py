@@ -34,8 +34,8 @@ class Layout(NamedTuple):
       matches: names of a file's arrays -> whether they are of this family.
       canonical: arrays -> the same under the family's own names, buffers left out.
       model: canonical arrays -> the config's `model` section that fits their shapes.
-      part: the path of one of our arrays (parts joined by "/", from "image" or "text"
-        on) -> where it is; None for what the family has no place for.
+      part: path (parts joined by "/", from "image" or "text" on) and number of axes of
+        one of our arrays -> where it is; None for what the family has no place for.
       tables: options of the image tower -> arrays that the family's files hold beside
         the weights, though they follow from the sizes.
     """
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
     matches: Callable[[set[str]], bool]
     canonical: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
     model: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
-    part: Callable[[str], Part | None]
+    part: Callable[[str, int], Part | None]
     tables: Callable[[Mapping[str, Any]], dict[str, np.ndarray]] = lambda image: {}
 
 
@@ -72,15 +72,20 @@ def convolution(name: str) -> Part:
     )
 
 
-def patches(name: str, channels: int = 3) -> Part:
-    """A convolution whose stride is its size: OIHW there, the matmul (H W I) O here."""
+def patches(name: str, side: int | None = None) -> Part:
+    """A convolution whose stride is its size: OIHW there, the matmul (H W I) O here.
+
+    `side` is H and W; None: of whatever size, over an image's three channels.
+    """
 
     def join(arrays):
         return arrays[0].transpose(2, 3, 1, 0).reshape(-1, arrays[0].shape[0])
 
     def split(array):
-        side = round((array.shape[0] / channels) ** 0.5)
-        return [array.reshape(side, side, channels, -1).transpose(3, 2, 0, 1)]
+        rows, out = array.shape
+        pixels = side or round((rows / 3) ** 0.5)
+        kernel = array.reshape(pixels, pixels, rows // pixels**2, out)
+        return [kernel.transpose(3, 2, 0, 1)]
 
     return Part((name,), join, split)
 
@@ -134,7 +139,7 @@ def join_tree(layout: Layout, arrays: Mapping[str, np.ndarray], like: Tree) -> T
 
     def find(path, leaf):
         path = jax.tree_util.keystr(path[1:], simple=True, separator="/")
-        part = layout.part(path)
+        part = layout.part(path, len(leaf.shape))
         names = (path,) if part is None else part.names
         used.update(names)
         if absent := [name for name in names if name not in arrays]:
@@ -180,7 +185,7 @@ def split_tree(layout: Layout, tree: Tree) -> dict[str, np.ndarray]:
     arrays = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         path = jax.tree_util.keystr(path[1:], simple=True, separator="/")
-        part = layout.part(path)
+        part = layout.part(path, np.ndim(leaf))
         if part is None:
             raise InputError(
                 f"the {layout.name} layout has no place for {path}; write another."

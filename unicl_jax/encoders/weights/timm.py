@@ -49,7 +49,8 @@ def _swin_canonical(arrays):
     return kept
 
 
-def _swin_part(path):
+def _swin_part(path, axes):
+    del axes
     if not path.startswith("image/"):
         return None
     path = re.sub(
@@ -99,7 +100,8 @@ def _resnet_canonical(arrays):
     }
 
 
-def _resnet_part(path):
+def _resnet_part(path, axes):
+    del axes
     path = path.replace("image/batch_stats/", "image/")
     if not path.startswith("image/"):
         return None

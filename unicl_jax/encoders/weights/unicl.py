@@ -10,6 +10,7 @@ import numpy as np
 from unicl_jax.encoders.swin import relative_position_index, shift_mask
 from unicl_jax.encoders.weights.layout import (
     Layout,
+    convolution,
     grid,
     linear,
     patches,
@@ -34,13 +35,18 @@ OLDER = (
 SWIN = (
     (r"layers_(\d+)_blocks_(\d+)/", r"layers.\1.blocks.\2."),
     (r"layers_(\d+)_downsample/", r"layers.\1.downsample."),
-    (r"focal_layers_(\d+)/", r"focal_layers.\1.0."),
+    (r"focal_layers_(\d+)/", r"focal_layers.\1.0/"),
 )
 TEXT = (
     (r"resblocks_(\d+)/", r"resblocks.\1."),
     (r"attn_in_proj/kernel$", "attn.in_proj_weight"),
     (r"attn_in_proj/bias$", "attn.in_proj_bias"),
     (r"attn_out_proj/", "attn.out_proj/"),
+)
+_MATMULS = (
+    ("patch_embed.proj.weight", None),
+    ("downsample.proj.weight", 2),
+    ("modulation.h.weight", 1),
 )
 LEAVES = ((r"/(kernel|scale|embedding)$", ".weight"), (r"/", "."))
 
@@ -61,15 +67,21 @@ def _matches(names):
     )
 
 
-def _part(path):
+def _part(path, axes):
     kernel = path.endswith("/kernel")
     if path.startswith("image/"):
         name = "image_encoder." + rename(path[len("image/") :], SWIN + LEAVES)
         if name.endswith("absolute_pos_embed"):
             return grid(name)
-        if kernel and name.endswith("patch_embed.proj.weight"):
-            return patches(name)
-        return linear(name) if kernel else same(name)
+        if not kernel:
+            return same(name)
+        if axes == 4:
+            return convolution(name)
+        # Convolutions there that are matmuls here: patches, and FocalNet's 1 x 1.
+        for ending, side in _MATMULS:
+            if name.endswith(ending):
+                return patches(name, side)
+        return linear(name)
     if path.startswith("text/"):
         name = "text_encoder." + rename(path[len("text/") :], TEXT + LEAVES)
         return linear(name) if kernel else same(name)
@@ -116,10 +128,48 @@ def swin_options(arrays, prefix, image_size=None):
     return {**options, "image_size": image_size}
 
 
+def focal_options(arrays, prefix):
+    """The options of `focalnet` that fit the shapes of its weights."""
+    layers = re.escape(prefix) + r"layers\."
+    depths = [
+        count(arrays, rf"{layers}{s}\.blocks\.(\d+)\.")
+        for s in range(count(arrays, layers + r"(\d+)\."))
+    ]
+    first = [f"{prefix}layers.{s}.blocks.0." for s in range(len(depths))]
+    stem = arrays[f"{prefix}patch_embed.proj.weight"]
+    options = {
+        "name": "focalnet",
+        "embed_dim": stem.shape[0],
+        "depths": tuple(depths),
+        "focal_levels": tuple(
+            count(arrays, re.escape(block) + r"modulation\.focal_layers\.(\d+)\.")
+            for block in first
+        ),
+        "focal_windows": tuple(
+            arrays[f"{block}modulation.focal_layers.0.0.weight"].shape[2]
+            for block in first
+        ),
+        "conv_embed": stem.shape[2] == 7,
+        "modulation_norm": f"{first[0]}modulation.ln.weight" in arrays,
+        "image_size": 224,
+    }
+    if f"{first[0]}gamma_1" in arrays:
+        options["layer_scale"] = 1e-6  # where it starts: its values are in the file
+    if not options["conv_embed"]:
+        options["patch_size"] = stem.shape[2]
+    return options
+
+
+def _image(arrays, prefix):
+    if f"{prefix}layers.0.blocks.0.modulation.f.weight" in arrays:
+        return focal_options(arrays, prefix)
+    return swin_options(arrays, prefix)
+
+
 def _model(arrays):
     text = arrays["text_encoder.token_embedding.weight"].shape
     return {
-        "image": swin_options(arrays, "image_encoder."),
+        "image": _image(arrays, "image_encoder."),
         "text": {
             "name": "transformer",
             "vocab_size": text[0],
