@@ -37,7 +37,7 @@ ROUNDING = dict(rtol=1e-5, atol=1e-6)
 # --- The official model's numbers.
 
 
-def tiny_towers(dtype=jnp.float32):
+def tiny_towers(dtype=jnp.float32, **text_options):
     """The architecture of `golden/unicl_tiny`."""
     image = swin(
         embed_dim=24,
@@ -54,6 +54,7 @@ def tiny_towers(dtype=jnp.float32):
         num_heads=4,
         num_layers=2,
         dtype=dtype,
+        **text_options,
     )
     return image, text
 
@@ -304,6 +305,58 @@ def test_a_text_sees_itself_and_nothing_behind_its_end(text_tower, official):
         end = (tokens == 511).argmax()
         assert (sensitivity(tokens)[: end + 1] > 1e-4).all()
         assert not np.any(sensitivity(tokens)[end + 1 :])
+
+
+def test_the_non_causal_mode_is_the_official_one(official, golden):
+    _, tower = tiny_towers(causal=False)
+    params = parameters(golden, np.float32)
+
+    @jax.jit
+    def run(tokens):
+        features, _ = tower.apply(params["text"], {}, tokens)
+        return unit(
+            jnp.matmul(features, params["text_projection"], precision="highest")
+        )
+
+    for name, pad in (("input_ids_zero_pad", "zero"), ("input_ids", "eot")):
+        got = run(official[name].astype(np.int32))
+        # As for the causal mode; only float32 was kept of the official features.
+        want = official[f"text_noncausal_features_{pad}_pad"]
+        assert np.abs(got - want).max() < 2e-6
+    zero_pad = official["text_noncausal_features_zero_pad"]
+    assert np.abs(zero_pad - want).max() > 0.01  # padding with EOT is seen
+
+
+def test_zeros_are_padding_for_the_non_causal_mode_alone(official, golden):
+    params = parameters(golden, np.float32)["text"]
+    tokens = official["input_ids_zero_pad"][1:3].astype(np.int32)  # ends at 10 and 4
+    tokens[:, 2] = 0  # "!", inside a text
+    moved = params["positional_embedding"].copy()
+    moved[2] += np.cos(np.arange(64))
+    for causal in (True, False):
+        _, tower = tiny_towers(causal=causal)
+        apply = jax.jit(lambda params, x, tower=tower: tower.apply(params, {}, x)[0])
+        features = apply(params, tokens)
+        np.testing.assert_allclose(apply(params, tokens[:, :11]), features, **ROUNDING)
+        # A masked key: what lies at its position is not seen.
+        shifted = apply({**params, "positional_embedding": moved}, tokens)
+        difference = np.abs(shifted - features).max()
+        assert difference > 0.01 if causal else difference < 1e-5  # float32
+    # A row of zeros alone has no meaning, but no NaN either.
+    assert np.isfinite(apply(params, np.zeros((1, 16), np.int32))).all()
+
+
+def test_the_activation_and_eps_reach_the_text_tower(official, golden):
+    params = parameters(golden, np.float32)["text"]
+    tokens = official["input_ids"].astype(np.int32)
+
+    def run(**options):
+        _, tower = tiny_towers(**options)
+        return jax.jit(tower.apply)(params, {}, tokens)[0]
+
+    # The golden README's sizes of these mistakes, here before the projection.
+    assert np.abs(run(activation="gelu") - run()).max() > 1e-3
+    assert 1e-6 < np.abs(run(eps=1e-5) - run()).max() < 1e-3
 
 
 # --- Sizes.
@@ -618,6 +671,11 @@ def test_swin_sizes_that_do_not_fit_are_told(change, message):
 def test_heads_that_do_not_divide_the_width_are_told():
     with pytest.raises(InputError, match="num_heads must divide.*16.*3"):
         transformer(**{**SMALL_TEXT, "num_heads": 3})
+
+
+def test_an_unknown_activation_is_told():
+    with pytest.raises(InputError, match="activation.*quick_glu.*gelu, quick_gelu"):
+        transformer(**SMALL_TEXT, activation="quick_glu")
 
 
 def test_an_unknown_stem_is_told():

@@ -110,8 +110,11 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """x sigmoid(1.702 x), as in CLIP's text tower."""
+    """x sigmoid(1.702 x), as in CLIP's towers."""
     return x * nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
 def uniform_fan_in(key, shape, dtype=jnp.float32):

@@ -1,63 +1,35 @@
-"""The text tower: CLIP's causal pre-norm transformer, with UniCL's constants.
+"""The text tower: CLIP's pre-norm transformer, with UniCL's constants.
 
 Letters: B batch, L token slots, W width, h heads.
 """
 
-import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from unicl_jax.encoders.blocks import Block, padding_bias
 from unicl_jax.encoders.encoder import Encoder, from_linen
-from unicl_jax.encoders.layers import (
-    Dtype,
-    Linear,
-    Mlp,
-    attend,
-    layer_norm,
-    merge_heads,
-    quick_gelu,
-    split_heads,
-)
-from unicl_jax.errors import InputError
+from unicl_jax.encoders.layers import ACTIVATIONS, Dtype, layer_norm
+from unicl_jax.errors import InputError, choose
 
-EPS = 1e-12  # UniCL's; CLIP has 1e-5
+PADDING = 0  # what the non-causal mode takes for padding
 NORMAL = nn.initializers.normal(0.02)
 
 
-class TextBlock(nn.Module):
-    """Causal attention and an MLP, each behind a norm and a residual."""
-
-    num_heads: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x, causal_bias):
-        """[B, L, W] -> the same."""
-        width = x.shape[-1]
-        dense = functools.partial(Linear, dtype=self.dtype)
-        y = layer_norm(EPS, self.dtype, "ln_1")(x)
-        # The release keeps PyTorch's Xavier-uniform for the joint projection.
-        xavier = nn.initializers.xavier_uniform()
-        qkv = dense(3 * width, kernel_init=xavier, name="attn_in_proj")(y)
-        y = merge_heads(attend(*split_heads(qkv, self.num_heads), causal_bias))
-        x = x + dense(width, kernel_init=NORMAL, name="attn_out_proj")(y)
-        mlp = Mlp(
-            4, quick_gelu, NORMAL, self.dtype, names=("c_fc", "c_proj"), name="mlp"
-        )
-        return x + mlp(layer_norm(EPS, self.dtype, "ln_2")(x))
-
-
 class TextTransformer(nn.Module):
-    """Embeddings, causal blocks, norm, and the state at the end-of-text token."""
+    """Embeddings, blocks, norm, and the state at the end-of-text token."""
 
     vocab_size: int
     context_length: int
     width: int
     num_heads: int
     num_layers: int
+    eps: float
+    activation: Callable[[jax.Array], jax.Array]
+    causal: bool
     remat: bool
     dtype: Dtype
 
@@ -77,16 +49,26 @@ class TextTransformer(nn.Module):
             "positional_embedding", NORMAL, (self.context_length, self.width)
         )
         x = embed(tokens) + position[:length].astype(self.dtype)
-        above = np.triu(np.ones((length, length), bool), 1)
-        causal_bias = np.where(above, -np.inf, 0).astype("f4")
-        block = nn.remat(TextBlock) if self.remat else TextBlock
+        if self.causal:
+            above = np.triu(np.ones((length, length), bool), 1)
+            bias = np.where(above, -np.inf, 0).astype("f4")
+        else:
+            bias = padding_bias(tokens != PADDING)
+        block = nn.remat(Block) if self.remat else Block
         for i in range(self.num_layers):
-            x = block(self.num_heads, self.dtype, name=f"resblocks_{i}")(x, causal_bias)
+            x = block(
+                self.num_heads,
+                self.activation,
+                self.eps,
+                NORMAL,
+                self.dtype,
+                name=f"resblocks_{i}",
+            )(x, bias)
         # End-of-text is the largest id, and argmax takes its first place. Nothing
-        # after it is seen through the causal mask, so padding and slots don't matter.
+        # after it is seen through a causal mask, so padding and slots don't matter.
         end = tokens.argmax(1)
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        x = layer_norm(EPS, self.dtype, "ln_final")(x)
+        x = layer_norm(self.eps, self.dtype, "ln_final")(x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -97,17 +79,27 @@ def transformer(
     width: int = 512,
     num_heads: int = 8,
     num_layers: int = 12,
+    eps: float = 1e-12,
+    activation: str = "quick_gelu",
+    causal: bool = True,
     remat: bool = False,
     dtype: Dtype = jnp.float32,
 ) -> Encoder:
-    """The causal text transformer; the defaults are every released UniCL model's.
+    """The text transformer; the defaults are every released UniCL model's.
 
     Args:
       vocab_size: token ids are in [0, vocab_size); the largest is end-of-text.
-      context_length: most token slots; fewer may be given, with the same result.
+      context_length: most token slots; fewer may be given, with the same result if
+        causal.
       width: of the embeddings; must be divisible by num_heads.
       num_heads: of each block.
       num_layers: blocks.
+      eps: of the norms; CLIP has 1e-5.
+      activation: of the MLPs, "quick_gelu" or "gelu" (the exact form).
+      causal: a token sees those before it. False is the method's other mode: a token
+        sees all but id 0, so features depend on padding that is not 0. Our tokenizer
+        pads with end-of-text, which is seen; its id 0 is "!" inside a word, which is
+        not.
       remat: recompute each block in the backward pass instead of keeping it.
       dtype: of the computation; parameters and norms' statistics are float32.
 
@@ -115,7 +107,7 @@ def transformer(
       The encoder; inputs [B, L] int32.
 
     Raises:
-      InputError: if num_heads does not divide width.
+      InputError: if num_heads does not divide width, or for an unknown activation.
 
     Source: Radford et al., 2021, section 2.4; UniCL's release for eps, init, pooling.
     """
@@ -124,6 +116,15 @@ def transformer(
             f"num_heads must divide the text tower's width {width}: got {num_heads}."
         )
     module = TextTransformer(
-        vocab_size, context_length, width, num_heads, num_layers, remat, dtype
+        vocab_size,
+        context_length,
+        width,
+        num_heads,
+        num_layers,
+        eps,
+        choose(ACTIVATIONS, activation, "activation"),
+        causal,
+        remat,
+        dtype,
     )
     return from_linen(module, jax.numpy.zeros((1, context_length), jnp.int32), width)
