@@ -22,6 +22,7 @@ from unicl_jax.encoders import (
     swin,
     transformer,
     unit,
+    vit,
 )
 from unicl_jax.encoders.layers import DropPath
 from unicl_jax.encoders.weights import from_arrays
@@ -395,6 +396,7 @@ def test_resnets_have_torchvisions_number_of_parameters_without_head(name, expec
 SMALL_SWIN = dict(
     embed_dim=8, depths=(2, 1), num_heads=(2, 4), image_size=16, window_size=2
 )
+SMALL_VIT = dict(patch_size=4, width=12, num_layers=2, num_heads=2, image_size=16)
 SMALL_RESNET = dict(depths=(1, 1), width=4, stem="cifar", image_size=8)
 SMALL_TEXT = dict(vocab_size=32, context_length=6, width=16, num_heads=2, num_layers=1)
 
@@ -411,6 +413,7 @@ def small_tokens(batch=4):
 
 SMALL = {
     "swin": (lambda **options: swin(**SMALL_SWIN, **options), small_images(16)),
+    "vit": (lambda **options: vit(**SMALL_VIT, **options), small_images(16)),
     "resnet": (lambda **options: resnet(**SMALL_RESNET, **options), small_images(8)),
     "transformer": (
         lambda **options: transformer(**SMALL_TEXT, **options),
@@ -478,17 +481,21 @@ def test_bfloat16_towers_give_unit_float32_embeddings_near_the_float32_ones(name
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "x"),
     [
-        functools.partial(swin, **SMALL_SWIN | dict(depths=(2,), num_heads=(2,))),
-        functools.partial(transformer, **SMALL_TEXT),
+        (
+            functools.partial(
+                swin,
+                **SMALL_SWIN | dict(depths=(2,), num_heads=(2,), drop_path=0.5),
+            ),
+            small_images(16),
+        ),
+        (functools.partial(vit, **SMALL_VIT, drop_path=0.5), small_images(16)),
+        (functools.partial(transformer, **SMALL_TEXT), small_tokens()),
     ],
-    ids=["swin", "transformer"],
+    ids=["swin", "vit", "transformer"],
 )
-def test_recomputing_blocks_changes_neither_features_nor_gradients(make):
-    is_swin = make.func is swin
-    make = functools.partial(make, drop_path=0.5) if is_swin else make
-    x = small_images(16) if is_swin else small_tokens()
+def test_recomputing_blocks_changes_neither_features_nor_gradients(make, x):
     params, _ = start(make())
 
     def run(remat):
@@ -543,9 +550,14 @@ def program(tower, x, **options):
     return str(jax.make_jaxpr(apply)(params, state, x))
 
 
-def test_drop_path_is_for_training_at_a_rate_above_zero():
+@pytest.mark.parametrize(
+    "make",
+    [functools.partial(swin, **SMALL_SWIN), functools.partial(vit, **SMALL_VIT)],
+    ids=["swin", "vit"],
+)
+def test_drop_path_is_for_training_at_a_rate_above_zero(make):
     x, key = small_images(16), jax.random.key(0)
-    plain, dropping = swin(**SMALL_SWIN), swin(**SMALL_SWIN, drop_path=0.5)
+    plain, dropping = make(), make(drop_path=0.5)
     evaluating = program(plain, x)
     assert program(plain, x, train=True, key=key) == evaluating
     assert program(dropping, x) == evaluating

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 from unicl_jax.encoders import focalnet as _focalnet
 from unicl_jax.encoders import resnet as _resnet
 from unicl_jax.encoders import swin as _swin
+from unicl_jax.encoders import vit as _vit
 from unicl_jax.encoders.encoder import Encoder
 from unicl_jax.encoders.focalnet import focalnet
 from unicl_jax.encoders.resnet import resnet
 from unicl_jax.encoders.swin import swin
 from unicl_jax.encoders.text import transformer
 from unicl_jax.encoders.two_tower import TwoTower, make_two_tower, unit
+from unicl_jax.encoders.vit import vit
 from unicl_jax.errors import InputError, choose, did_you_mean
 
 IMAGE_TOWERS = {
@@ -24,6 +26,8 @@ IMAGE_TOWERS = {
     **{k: functools.partial(focalnet, **v) for k, v in _focalnet.VARIANTS.items()},
     "resnet": resnet,
     **{k: functools.partial(resnet, **v) for k, v in _resnet.VARIANTS.items()},
+    "vit": vit,
+    **{k: functools.partial(vit, **v) for k, v in _vit.VARIANTS.items()},
 }
 TEXT_TOWERS = {"transformer": transformer}
 UNNAMED = (
@@ -47,6 +51,7 @@ __all__ = [
     "swin",
     "transformer",
     "unit",
+    "vit",
 ]
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from unicl_jax.encoders.layers import (
+    DropPath,
     Dtype,
     Linear,
     Mlp,
@@ -26,9 +27,10 @@ class Block(nn.Module):
     eps: float
     kernel_init: Callable
     dtype: Dtype
+    drop_path: float = 0.0
 
     @nn.compact
-    def __call__(self, x, bias=None):
+    def __call__(self, x, bias, train: bool):
         """[B, L, W] -> the same; bias broadcastable to [B, heads, L, L], or None."""
         width = x.shape[-1]
         init = self.kernel_init
@@ -38,11 +40,13 @@ class Block(nn.Module):
         xavier = nn.initializers.xavier_uniform()
         qkv = dense(3 * width, kernel_init=xavier, name="attn_in_proj")(y)
         y = merge_heads(attend(*split_heads(qkv, self.num_heads), bias))
-        x = x + dense(width, kernel_init=init, name="attn_out_proj")(y)
+        y = dense(width, kernel_init=init, name="attn_out_proj")(y)
+        drop_path = DropPath(self.drop_path)
+        x = x + drop_path(y, train)
         mlp = Mlp(
             4, self.activation, init, self.dtype, names=("c_fc", "c_proj"), name="mlp"
         )
-        return x + mlp(layer_norm(self.eps, self.dtype, "ln_2")(x))
+        return x + drop_path(mlp(layer_norm(self.eps, self.dtype, "ln_2")(x)), train)
 
 
 def padding_bias(real: jax.Array) -> jax.Array:

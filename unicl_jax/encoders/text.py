@@ -36,7 +36,6 @@ class TextTransformer(nn.Module):
     @nn.compact
     def __call__(self, tokens, train: bool):
         """[B, L] int32, L <= context_length -> [B, W] float32."""
-        del train  # no dropout and no drop path in this tower
         length = tokens.shape[1]
         embed = nn.Embed(
             self.vocab_size,
@@ -54,7 +53,7 @@ class TextTransformer(nn.Module):
             bias = np.where(above, -np.inf, 0).astype("f4")
         else:
             bias = padding_bias(tokens != PADDING)
-        block = nn.remat(Block) if self.remat else Block
+        block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         for i in range(self.num_layers):
             x = block(
                 self.num_heads,
@@ -63,7 +62,7 @@ class TextTransformer(nn.Module):
                 NORMAL,
                 self.dtype,
                 name=f"resblocks_{i}",
-            )(x, bias)
+            )(x, bias, train)
         # End-of-text is the largest id, and argmax takes its first place. Nothing
         # after it is seen through a causal mask, so padding and slots don't matter.
         end = tokens.argmax(1)
