@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from unicl_jax.encoders import (
     IMAGE_TOWERS,
     TEXT_TOWERS,
+    bert,
     from_config,
     make_two_tower,
     resnet,
@@ -401,6 +402,9 @@ SMALL_RESNET = dict(depths=(1, 1), width=4, stem="cifar", image_size=8)
 SMALL_TEXT = dict(vocab_size=32, context_length=6, width=16, num_heads=2, num_layers=1)
 
 
+SMALL_BERT = SMALL_TEXT | dict(hidden=24)
+
+
 def small_images(size, batch=4):
     return np.random.default_rng(0).normal(size=(batch, size, size, 3)).astype("f4")
 
@@ -419,6 +423,7 @@ SMALL = {
         lambda **options: transformer(**SMALL_TEXT, **options),
         small_tokens(),
     ),
+    "bert": (lambda **options: bert(**SMALL_BERT, **options), small_tokens()),
 }
 
 
@@ -492,8 +497,9 @@ def test_bfloat16_towers_give_unit_float32_embeddings_near_the_float32_ones(name
         ),
         (functools.partial(vit, **SMALL_VIT, drop_path=0.5), small_images(16)),
         (functools.partial(transformer, **SMALL_TEXT), small_tokens()),
+        (functools.partial(bert, **SMALL_BERT), small_tokens()),
     ],
-    ids=["swin", "vit", "transformer"],
+    ids=["swin", "vit", "transformer", "bert"],
 )
 def test_recomputing_blocks_changes_neither_features_nor_gradients(make, x):
     params, _ = start(make())
@@ -726,7 +732,7 @@ def test_from_config_builds_the_model_it_describes():
             dict(image={"name": "swin_tinny"}),
             ["model.image.name", '"swin_tiny"', "resnet50"],
         ),
-        (dict(text={"name": "bert"}), ["model.text.name", '"bert"', "transformer"]),
+        (dict(text={"name": "t5"}), ["model.text.name", '"t5"', "bert, transformer"]),
         (
             dict(text=dict(name="transformer", widht=8)),
             ["model.text", '"widht"', 'did you mean "width"'],

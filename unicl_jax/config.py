@@ -305,6 +305,7 @@ SIZES = (
     "depths",
     "num_heads",
     "width",
+    "hidden",
     "context_length",
     "vocab_size",
     "num_layers",

@@ -10,6 +10,7 @@ from unicl_jax.encoders import focalnet as _focalnet
 from unicl_jax.encoders import resnet as _resnet
 from unicl_jax.encoders import swin as _swin
 from unicl_jax.encoders import vit as _vit
+from unicl_jax.encoders.bert import bert
 from unicl_jax.encoders.encoder import Encoder
 from unicl_jax.encoders.focalnet import focalnet
 from unicl_jax.encoders.resnet import resnet
@@ -29,12 +30,9 @@ IMAGE_TOWERS = {
     "vit": vit,
     **{k: functools.partial(vit, **v) for k, v in _vit.VARIANTS.items()},
 }
-TEXT_TOWERS = {"transformer": transformer}
-UNNAMED = (
-    "swin",
-    "focalnet",
-    "resnet",
-)  # image towers that have a size only by their options
+TEXT_TOWERS = {"transformer": transformer, "bert": bert}
+# Image towers without a size of their own.
+UNNAMED = ("swin", "focalnet", "resnet", "vit")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 __all__ = [
@@ -43,6 +41,7 @@ __all__ = [
     "TEXT_TOWERS",
     "Encoder",
     "TwoTower",
+    "bert",
     "focalnet",
     "from_config",
     "image_tower",
