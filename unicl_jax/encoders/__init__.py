@@ -13,6 +13,7 @@ from unicl_jax.encoders import vit as _vit
 from unicl_jax.encoders.bert import bert
 from unicl_jax.encoders.encoder import Encoder
 from unicl_jax.encoders.focalnet import focalnet
+from unicl_jax.encoders.packing import Packed, pack
 from unicl_jax.encoders.resnet import resnet
 from unicl_jax.encoders.swin import swin
 from unicl_jax.encoders.text import transformer
@@ -40,12 +41,14 @@ __all__ = [
     "IMAGE_TOWERS",
     "TEXT_TOWERS",
     "Encoder",
+    "Packed",
     "TwoTower",
     "bert",
     "focalnet",
     "from_config",
     "image_tower",
     "make_two_tower",
+    "pack",
     "resnet",
     "swin",
     "transformer",

@@ -13,6 +13,7 @@ from flax import linen as nn
 from unicl_jax.encoders.blocks import Block, padding_bias
 from unicl_jax.encoders.encoder import Encoder, from_linen
 from unicl_jax.encoders.layers import ACTIVATIONS, Dtype, layer_norm
+from unicl_jax.encoders.packing import Packed
 from unicl_jax.errors import InputError, choose
 
 PADDING = 0  # what the non-causal mode takes for padding
@@ -35,8 +36,7 @@ class TextTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, train: bool):
-        """[B, L] int32, L <= context_length -> [B, W] float32."""
-        length = tokens.shape[1]
+        """[B, L] int32, L <= context_length, or B packed texts -> [B, W] float32."""
         embed = nn.Embed(
             self.vocab_size,
             self.width,
@@ -47,12 +47,31 @@ class TextTransformer(nn.Module):
         position = self.param(
             "positional_embedding", NORMAL, (self.context_length, self.width)
         )
-        x = embed(tokens) + position[:length].astype(self.dtype)
+        packed = None
+        if isinstance(tokens, Packed):
+            if not self.causal:
+                raise ValueError(
+                    "packed texts must go to a causal tower, where nothing after a "
+                    "text's end matters: got causal=False; give it [B, L] tokens."
+                )
+            packed, tokens = tokens, tokens.tokens
+        length = tokens.shape[1]
+        if packed is None:
+            position = position[:length]
+        else:
+            # NaN, where indexing would take the last, for positions there are none of.
+            position = jnp.take(position, packed.positions, axis=0, mode="fill")
+        x = embed(tokens) + position.astype(self.dtype)
         if self.causal:
             above = np.triu(np.ones((length, length), bool), 1)
             bias = np.where(above, -np.inf, 0).astype("f4")
         else:
             bias = padding_bias(tokens != PADDING)
+        if packed is not None:
+            # A text sees itself alone: [R, 1, S, 1] against [R, 1, 1, S].
+            segments = packed.segments[:, None]
+            own = segments[..., :, None] == segments[..., None, :]
+            bias = jnp.where(own, bias, -jnp.inf)
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         for i in range(self.num_layers):
             x = block(
@@ -65,8 +84,11 @@ class TextTransformer(nn.Module):
             )(x, bias, train)
         # End-of-text is the largest id, and argmax takes its first place. Nothing
         # after it is seen through a causal mask, so padding and slots don't matter.
-        end = tokens.argmax(1)
-        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        if packed is None:
+            end = tokens.argmax(1)
+            x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        else:
+            x = x.reshape(-1, self.width)[packed.ends]
         x = layer_norm(self.eps, self.dtype, "ln_final")(x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -103,7 +125,8 @@ def transformer(
       dtype: of the computation; parameters and norms' statistics are float32.
 
     Returns:
-      The encoder; inputs [B, L] int32.
+      The encoder; inputs [B, L] int32 or, if causal, B texts of `pack`, whose features
+      are the same.
 
     Raises:
       InputError: if num_heads does not divide width, or for an unknown activation.
