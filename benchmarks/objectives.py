@@ -7,6 +7,7 @@ Runs that are done already are not run again: stop it and go on when you like.
 
 import argparse
 import datetime
+import json
 import statistics
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def _run(options, row, seed):
         ]
         if before is not None:
             arguments.append(f"--config.init_from={before}")
-        if not (workdir / "done").exists():
+        if not _is_done(workdir, options.steps):
             start = time.perf_counter()
             with open(options.runs / f"{workdir.name}.log", "w") as log:
                 subprocess.run(
@@ -79,7 +80,6 @@ def _run(options, row, seed):
                     stderr=log,
                     check=True,
                 )
-            (workdir / "done").touch()
             harness.say(f"{workdir.name}: {time.perf_counter() - start:.0f} s")
         lines = metrics.read(workdir)
         before = workdir
@@ -89,6 +89,20 @@ def _run(options, row, seed):
         for key in TASKS
         if f"eval/{key}_top1" in line
     }
+
+
+def _is_done(workdir, steps):
+    """Whether a run of so many steps was evaluated at its last one."""
+    if not (workdir / "metrics.jsonl").exists():
+        return False
+    lines = metrics.read(workdir)
+    tasks = json.loads((workdir / "config.json").read_text())["evaluations"]
+    return any(
+        line["step"] == steps
+        and all(f"eval/{task}_top1" in line for task in tasks)
+        and (tasks or "loss" in line)
+        for line in lines
+    )
 
 
 def rows_of(found):

@@ -534,9 +534,12 @@ def test_a_checkpoint_of_another_model_is_refused_by_step_and_path(
 
 def test_a_run_starts_from_another_ones_towers(whole, make_config, tmp_path, capsys):
     """A frozen image tower gives what it gave there; the other parts go on learning."""
-    config = make_config(init_from=str(whole[0]), frozen=("image",), total_steps=3)
+    # Another seed: what is not taken over starts elsewhere.
+    changes = dict(init_from=str(whole[0]), frozen=("image",), total_steps=3, seed=9)
+    config = make_config(**changes)
     train.run(config, tmp_path / "run")
-    assert f"towers from step 6 of {whole[0]}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"logit_scale from step 6 of {whole[0]}" in said
     theirs, ours = (
         saved_state(workdir, step)
         for workdir, step in ((whole[0], 6), (tmp_path / "run", 3))
@@ -550,10 +553,11 @@ def test_a_run_starts_from_another_ones_towers(whole, make_config, tmp_path, cap
     moved = np.abs(
         ours["params"]["text_projection"] - theirs["params"]["text_projection"]
     )
-    assert 0 < moved.max() < 0.05  # three steps from there, not from the seed's start
+    # Three steps of 1e-3 from there; two seeds' starts are up to 0.06 apart.
+    assert 0 < moved.max() < 0.01
     # The same command again goes on from its own checkpoint, not from there.
     train.run(config, tmp_path / "run")
-    assert "towers from" not in capsys.readouterr().out
+    assert "logit_scale from" not in capsys.readouterr().out
 
 
 def saved_state(workdir, step):

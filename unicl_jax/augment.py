@@ -5,6 +5,7 @@ decoding, and the random crops that should see a file's every pixel, happen ther
 (`data/`).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from jax import lax
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-RATIO = (3 / 4, 4 / 3)  # of a crop's width and height, torchvision's default
+RATIO = 4 / 3  # most of a crop's longer over its shorter side, torchvision's default
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL turns to grey
 LEAST_BLUR = 0.1  # pixels; SimCLR, arXiv 2002.05709, appendix A
 
@@ -100,11 +101,11 @@ def make_augment(
 
     Args:
       config: in the order in which they are done: `crop` (a window of at least this
-        share of the area, width over height within RATIO, is stretched to the whole;
-        1: no crop), `shift` (pixels, each way, edges repeated), `flip` (left-right,
-        with probability 1/2), `color` (brightness, contrast and each channel's gain are
-        drawn from 1 +- color), `grayscale` (probability), `blur` (half of the images
-        get a Gaussian of LEAST_BLUR to this many pixels).
+        share of the area, one side at most RATIO times the other, is stretched to the
+        whole; 1: no crop), `shift` (pixels, each way, edges repeated), `flip`
+        (left-right, with probability 1/2), `color` (brightness, contrast and each
+        channel's gain are drawn from 1 +- color), `grayscale` (probability), `blur`
+        (half of the images get a Gaussian of LEAST_BLUR to this many pixels).
       image_size: S, pixels of a side of the result; None: that of the images.
 
     Returns:
@@ -165,15 +166,14 @@ def make_augment(
 def _window(key, batch, crop):
     """Top, left, height and width of each image's window, as shares of its sides.
 
-    area ~ U(crop, 1), log(width / height) ~ U(log RATIO); sides cut to the picture.
+    area ~ U(crop, 1), log(width / height) ~ U(-r, r), r = min(log RATIO, -log area):
+    a larger ratio would not fit.
     """
     uniform = jax.random.uniform(key, (4, batch))
     area = crop + (1 - crop) * uniform[0]
-    low, high = jnp.log(jnp.array(RATIO))
-    aspect = jnp.exp(low + (high - low) * uniform[1])
-    if crop == 1:
-        aspect = jnp.ones(batch)
-    height = jnp.minimum(jnp.sqrt(area / aspect), 1)
+    most = jnp.minimum(math.log(RATIO), -jnp.log(area))
+    aspect = jnp.exp(most * (2 * uniform[1] - 1))
+    height = jnp.minimum(jnp.sqrt(area / aspect), 1)  # 1 + round-off at most
     width = jnp.minimum(jnp.sqrt(area * aspect), 1)
     return uniform[2] * (1 - height), uniform[3] * (1 - width), height, width
 

@@ -1,6 +1,7 @@
 """Saving and restoring a run; the only room that knows Orbax."""
 
 import contextlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +150,42 @@ class Checkpoints:
             )
 
 
-def load_towers(workdir: str | Path, like: TrainState) -> tuple[TrainState, int]:
-    """Starts from another run's towers: the newest checkpoint's weights and statistics.
+def has_saved(workdir: str | Path) -> bool:
+    """Whether a run has a checkpoint."""
+    return any((Path(workdir) / "checkpoints").glob("[0-9]*"))
+
+
+def check_has_saved(workdir: str | Path) -> None:
+    """Refuses a directory to start from that holds no checkpoint.
+
+    Args:
+      workdir: what `init_from` says.
+
+    Raises:
+      InputError: saying so.
+    """
+    if "://" in str(workdir):
+        raise InputError(
+            f'init_from must be a directory on this machine: got "{workdir}"; copy '
+            "that run here."
+        )
+    if not has_saved(workdir):
+        raise InputError(
+            f'init_from must be the workdir of a run that saved: "{workdir}" holds no '
+            "checkpoint; train that one first, or leave init_from out."
+        )
+
+
+def load_towers(
+    workdir: str | Path, like: TrainState, parts: Collection[str]
+) -> tuple[TrainState, int]:
+    """Starts from another run's model: the newest checkpoint's weights and statistics.
 
     Args:
       workdir: of that run.
-      like: the state to start from, whose towers are replaced. Its objective's own
-        parameters, its optimizer and its step stay.
+      like: the state to start from, of whose model some parts are replaced. Its
+        objective's own parameters, its optimizer and its step stay.
+      parts: which, by name.
 
     Returns:
       The state, and the step at which that run saved.
@@ -163,22 +193,20 @@ def load_towers(workdir: str | Path, like: TrainState) -> tuple[TrainState, int]
     Raises:
       InputError: if there is no whole checkpoint, or its model is another one.
     """
+    check_has_saved(workdir)
     directory = Path(workdir).absolute() / "checkpoints"
-    manager = None
-    if directory.is_dir():  # the manager would make it
-        manager = ocp.CheckpointManager(directory)
-    step = None if manager is None else manager.latest_step()
-    if step is None:
-        raise InputError(
-            f'init_from must be the workdir of a run that saved: "{workdir}" holds no '
-            "checkpoint; train that one first, or leave init_from out."
-        )
+    manager = ocp.CheckpointManager(directory)
+    step = manager.latest_step()
     path = directory / str(step) / "state"
-    towers = {"params": _towers(like.params), "model_state": like.model_state}
-    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, towers)
+
+    def taken(tree):
+        return {name: part for name, part in tree.items() if name in parts}
+
+    here = {"params": taken(like.params), "model_state": taken(like.model_state)}
+    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, here)
     try:
         saved = ocp.PyTreeCheckpointHandler().metadata(path).tree
-        saved = {k: _towers(saved[k]) for k in wanted}
+        saved = {k: taken(saved[k]) for k in wanted}
         if differ := _differences(saved, wanted):
             raise InputError(
                 f"init_from must be a run of this model: {len(differ)} arrays of "
@@ -202,7 +230,8 @@ def load_towers(workdir: str | Path, like: TrainState) -> tuple[TrainState, int]
         manager.close()
     state = restored["state"]
     params = {**like.params, **state["params"]}
-    return like._replace(params=params, model_state=state["model_state"]), step
+    model_state = {**like.model_state, **state["model_state"]}
+    return like._replace(params=params, model_state=model_state), step
 
 
 def read_towers(workdir: str | Path) -> tuple[Any, Any]:
@@ -218,12 +247,13 @@ def read_towers(workdir: str | Path) -> tuple[Any, Any]:
       InputError: if there is no whole checkpoint.
     """
     directory = Path(workdir).absolute() / "checkpoints"
+    if not has_saved(workdir):  # the manager would make the directory
+        raise InputError(
+            f'a run must have saved: "{workdir}" holds no checkpoint yet; let it train '
+            "to its first."
+        )
     with ocp.CheckpointManager(directory) as manager:
         step = manager.latest_step()
-        if step is None:
-            raise InputError(
-                f'a run must have saved: "{workdir}" holds no checkpoint yet.'
-            )
         path = directory / str(step) / "state"
         try:
             saved = ocp.PyTreeCheckpointHandler().metadata(path).tree
@@ -251,10 +281,6 @@ def _abstract(tree):
 def _first_line(error: Exception) -> str:
     """What an error of Orbax says, without the pages of settings that follow."""
     return str(error).splitlines()[0][:200] if str(error) else repr(error)
-
-
-def _towers(params):
-    return {name: part for name, part in params.items() if name != "objective"}
 
 
 def _differences(theirs, ours) -> list[str]:

@@ -33,7 +33,7 @@ def default() -> ConfigDict:
     c.seed = 0  # of parameters, order, prompts, crops and drop path
     c.objective = "unicl"  # a name in objectives.OBJECTIVES
     c.views = 1  # pictures that a step makes of each image; supcon takes 2 or more
-    c.init_from = placeholder(str)  # workdir of a run whose towers this one starts from
+    c.init_from = placeholder(str)  # workdir of a run whose model this one starts from
     c.frozen = ()  # parts of the model that don't learn: names in PARTS
     c.batch_size = 4096  # global; divisible by the number of devices
     c.total_steps = placeholder(int)
@@ -138,6 +138,9 @@ def base_recipe(
             if fields.kind != "image_label":
                 del config.data.sources[source]
         config.data.mixture = "proportional"
+        # Every row is a label now, not half of them: as many epochs of the labels.
+        config.total_steps //= 2
+        config.optimizer.warmup_steps //= 2
         return config
     config = recipe("labels")
     del config.evaluations["twemoji_names"]
@@ -221,20 +224,26 @@ def _check_views(config):
         raise InputError(
             f"views must be a whole number from 1 to 16: got {config.views}."
         )
-    below_size = (lambda x: 0 <= x < image_size, f"[0, {image_size}) pixels")
+    pixels = f"[0, {image_size}) pixels"
     allowed = {
-        "crop": (lambda x: 0 < x <= 1, "(0, 1], a share of the area"),
-        "shift": below_size,
-        "flip": (lambda x: x in (0, 1), "True or False"),
-        "color": (lambda x: 0 <= x < 1, "[0, 1)"),
-        "grayscale": (lambda x: 0 <= x <= 1, "[0, 1], a probability"),
-        "blur": below_size,
+        "crop": (float, lambda x: 0 < x <= 1, "(0, 1], a share of the area"),
+        "shift": (int, lambda x: 0 <= x < image_size, f"{pixels}, whole ones"),
+        "flip": (bool, lambda x: True, "True or False"),
+        "color": (float, lambda x: 0 <= x < 1, "[0, 1)"),
+        "grayscale": (float, lambda x: 0 <= x <= 1, "[0, 1], a probability"),
+        "blur": (float, lambda x: 0 <= x < image_size, pixels),
     }
     for section in ("augment", "strong_augment"):
         for field, value in config[section].items():
-            inside, where = allowed[field]
-            if not inside(value):
+            kind, inside, where = allowed[field]
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            if not fits or not inside(value):
                 raise InputError(f"{section}.{field} must be in {where}: got {value}.")
+    if config.views == 1 and config.strong_augment:
+        raise InputError(
+            "strong_augment is of the views after the first: views is 1; set views to "
+            "2 or more, or leave strong_augment out of the recipe."
+        )
     size = config.data.image_size
     if size is not None and (type(size) is not int or size < image_size):
         raise InputError(
@@ -248,6 +257,11 @@ def _check_views(config):
         )
     for part in config.frozen:
         choose(dict.fromkeys(PARTS), part, "frozen")
+    if set(config.frozen) == set(PARTS):
+        raise InputError(
+            f"frozen must leave a part to learn: got all of {', '.join(PARTS)}; name "
+            "fewer."
+        )
     if {"image", "text"} & set(config.frozen) and not config.init_from:
         raise InputError(
             "a frozen tower must have learnt before: frozen is "
@@ -423,6 +437,14 @@ def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Pat
     return workdir
 
 
+def saved_objective(workdir: str | Path) -> str:
+    """The objective of a run, by its config.json; "" if that cannot be read."""
+    try:
+        return json.loads((Path(workdir) / "config.json").read_text())["objective"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def _check_same_run(workdir, saved, config):
     try:
         old = flatten(json.loads(saved.read_text()))
@@ -431,7 +453,9 @@ def _check_same_run(workdir, saved, config):
             f'"{saved}" must hold a run\'s config: it cannot be read ({error}); name '
             "another directory."
         ) from error
-    new = flatten(config)
+    new, defaults = flatten(config), flatten(default())
+    # A field that is newer than the run had its default's effect there.
+    old |= {k: v for k, v in defaults.items() if k in new and k not in old}
     differ = [
         f"  {key}: the run has {old.get(key, 'no such field')}, now "
         f"{new.get(key, 'no such field')}"

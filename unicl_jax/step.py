@@ -45,7 +45,7 @@ def init_state(
     if objective.init is not None:
         own = objective.init(jax.random.fold_in(key, 1), params)
         params = {**params, "objective": own}
-    learning = _without(params, frozen)
+    learning = _without(params, (*frozen, *objective.unused))
     return TrainState(jnp.int32(0), params, model_state, optimizer.init(learning))
 
 
@@ -68,8 +68,8 @@ def make_train_step(
       schedule: its learning rate, to be reported.
       make_views: (key, uint8 images) -> Views, as `augment.make_views` builds it.
       seed: of the augmentation and drop path; the step number is folded in.
-      frozen: parts of the parameters, by name, that stay as they are; a tower among
-        them runs as in evaluation.
+      frozen: parts of the parameters, by name, that stay as they are, beside those that
+        the objective does not use; a tower among them runs as in evaluation.
 
     Returns:
       `train_step(state, batch, step) -> (state, metrics)`. `batch` holds `image`
@@ -94,7 +94,7 @@ def make_train_step(
             return losses.mean(), (metrics, forward.state)
 
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        learning = _without(state.params, frozen)
+        learning = _without(state.params, (*frozen, *objective.unused))
         (loss, (metrics, model_state)), grads = value_and_grad(learning)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.step == step)
@@ -105,10 +105,11 @@ def make_train_step(
             norm = optax.tree.norm(updates)
             return TrainState(state.step + 1, params, model_state, opt_state), norm
 
+        scale = objective.logit_scale or model.logit_scale
         metrics |= {
             "loss": loss,
             "label_share": (batch["label"] != NO_LABEL).mean(),
-            "logit_scale": model.logit_scale(state.params),
+            "logit_scale": scale(state.params),
             "learning_rate": schedule(state.step),
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(state.params),

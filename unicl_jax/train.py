@@ -14,7 +14,13 @@ from unicl_jax import config as config_lib
 from unicl_jax import data, encoders, evaluation, objectives, sharding
 from unicl_jax.analysis import end_of_run
 from unicl_jax.augment import make_views
-from unicl_jax.checkpoint import Checkpoints, NotSaved, load_towers
+from unicl_jax.checkpoint import (
+    Checkpoints,
+    NotSaved,
+    check_has_saved,
+    has_saved,
+    load_towers,
+)
 from unicl_jax.metrics import ConsoleProgress, Metrics, StepTimer
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
@@ -56,6 +62,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     model = encoders.from_config(config.model)
     optimizer, schedule = make_optimizer(config.optimizer, config.total_steps)
     workdir = config_lib.prepare_workdir(workdir, config, write=is_first)
+    if config.init_from and not has_saved(workdir):
+        check_has_saved(config.init_from)
 
     # 2. Data: this process's rows of every batch, and the sets to be scored on.
     config = data.with_made_up_records(config, workdir)
@@ -122,8 +130,11 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         state, data_state = checkpoints.restore(state)
         batches.restore(data_state)
     elif config.init_from:
-        state, step = load_towers(config.init_from, state)
-        started_from = f"towers from step {step} of {config.init_from}"
+        parts = objectives.taught_by_both(
+            config.objective, config_lib.saved_objective(config.init_from)
+        )
+        state, step = load_towers(config.init_from, state, parts)
+        started_from = f"{', '.join(parts)} from step {step} of {config.init_from}"
     first_step = int(state.step)
 
     # 5. The loop. Step n is dispatched, then step n - 1 is written: the host's work

@@ -11,4 +11,6 @@ from unicl_jax.config import base_recipe
 def get_config(variant: str = ""):
     config = base_recipe(__file__, variant)
     config.objective = "clip"
+    # With one text a class and step, CLIP's gradient is UniCL's (docs/losses.md).
+    config.data.share_prompts = False
     return config

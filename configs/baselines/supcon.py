@@ -29,7 +29,8 @@ def get_config(variant: str = ""):
     config.augment.grayscale = 0.2
     if variant == "paper":
         config.augment.flip = True
-        # Whole pictures travel, once a record; the device cuts the views from them.
+        # Whole pictures travel, squashed to a square, once a record; the device cuts
+        # the views from them.
         config.data.image_size = 320
         for source in config.data.sources.values():
             source.preprocess = dict(name="resize")

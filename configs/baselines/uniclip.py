@@ -20,7 +20,8 @@ def get_config(variant: str = ""):
         config.augment.crop = 0.5
         config.augment.flip = True
         config.strong_augment = dict(crop=0.08, color=0.4, grayscale=0.2, blur=2.0)
-        # Whole pictures travel, once a record; the device cuts the views from them.
+        # Whole pictures travel, squashed to a square, once a record; the device cuts
+        # the views from them.
         config.data.image_size = 320
         for source in config.data.sources.values():
             source.preprocess = dict(name="resize")

@@ -157,8 +157,9 @@ def make_npz_source(
     images = arrays["images"]
     if images.shape[1:3] != (image_size, image_size):
         raise InputError(
-            f'source "{name}": images must be {image_size} x {image_size}, the '
-            f"model's image_size: got {images.shape[1:3]}."
+            f'source "{name}": images must be {image_size} x {image_size}, '
+            "data.image_size or else model.image.image_size: got "
+            f"{images.shape[1:3]}; resize them, or set that."
         )
     if labelled:
         return ArraySource(

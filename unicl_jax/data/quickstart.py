@@ -186,7 +186,8 @@ def make_quickstart_source(
     if image_size != SIZE:
         raise InputError(
             f'source "{name}": the quick start\'s images are {SIZE} x {SIZE}: got '
-            f"model.image.image_size {image_size}."
+            f"{image_size}; set model.image.image_size to {SIZE} and leave "
+            "data.image_size out."
         )
     if not train:
         images, labels, names = evaluation_set(config["path"])

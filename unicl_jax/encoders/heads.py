@@ -1,17 +1,19 @@
 """Between an image tower's features and its projection: what some objectives add."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
-from unicl_jax.encoders.layers import Linear, gelu
+from unicl_jax.encoders.layers import Linear, gelu, layer_norm
 
 
 class Head(NamedTuple):
-    """A pure-functional head.
+    """A pure-functional head, in float32 as the projection behind it.
 
     init(key) -> params
     apply(params, *inputs) -> [n, width]; the first input is the features [n, width]
@@ -66,7 +68,7 @@ def _from_linen(module, *example):
 
     def apply(params, features, *inputs):
         out = module.apply({"params": params}, features, *inputs)
-        return out.astype(features.dtype)
+        return out
 
     return Head(init, apply)
 
@@ -76,7 +78,7 @@ class _HiddenLayer(nn.Module):
 
     @nn.compact
     def __call__(self, features):
-        return nn.relu(Linear(self.width)(features))
+        return nn.relu(Linear(self.width, precision=lax.Precision.HIGHEST)(features))
 
 
 class _AugmentationAware(nn.Module):
@@ -86,11 +88,12 @@ class _AugmentationAware(nn.Module):
 
     @nn.compact
     def __call__(self, features, parameters):
-        a = gelu(Linear(self.hidden)(parameters))
-        a = gelu(Linear(self.hidden)(a))
-        a = Linear(self.hidden)(a)
+        linear = functools.partial(Linear, precision=lax.Precision.HIGHEST)
+        a = gelu(linear(self.hidden)(parameters))
+        a = gelu(linear(self.hidden)(a))
+        a = linear(self.hidden)(a)
         x = jnp.concatenate([features.astype(a.dtype), a], axis=-1)
         for _ in range(self.blocks):
-            y = nn.LayerNorm(epsilon=1e-5)(x)
-            x += Linear(x.shape[-1])(gelu(Linear(x.shape[-1])(y)))
-        return Linear(self.width)(x)
+            y = layer_norm(1e-5, jnp.float32)(x)
+            x += linear(x.shape[-1])(gelu(linear(x.shape[-1])(y)))
+        return linear(self.width)(x)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from unicl_jax import losses
+from unicl_jax.config import PARTS
 from unicl_jax.encoders import TwoTower
 from unicl_jax.errors import InputError, choose
 from unicl_jax.objectives import classes, contrastive, views
@@ -25,26 +26,36 @@ LABELS, CAPTIONS = "image_label", "image_text"
 class _Entry(NamedTuple):
     make: Callable
     labels_only: bool = False
+    unused: tuple[str, ...] = ()  # parts of the model that it does not teach
     least_views: int = 1
     most_views: float = 1
     names_images: bool = True  # or there is nothing to evaluate before another stage
 
 
+_TEXT = ("text", "text_projection")
+
 OBJECTIVES = {
     "unicl": _Entry(contrastive.unicl),
     "clip": _Entry(contrastive.clip),
     "one_way": _Entry(contrastive.one_way),  # Table 3 of the paper
-    "linear_text": _Entry(contrastive.linear_text, labels_only=True),  # Table 3
+    "linear_text": _Entry(  # Table 3
+        contrastive.linear_text, labels_only=True, unused=_TEXT
+    ),
     "siglip": _Entry(contrastive.siglip),
-    "cross_entropy": _Entry(classes.cross_entropy, labels_only=True),
+    "cross_entropy": _Entry(
+        classes.cross_entropy,
+        labels_only=True,
+        unused=(*_TEXT, "image_projection", "logit_scale"),
+    ),
     "multitask": _Entry(classes.multitask),  # Table 6
     "supcon": _Entry(
         views.supcon,
+        unused=(*_TEXT, "logit_scale"),
         least_views=2,
         most_views=math.inf,
         names_images=False,
     ),
-    "uniclip": _Entry(views.uniclip, most_views=math.inf),
+    "uniclip": _Entry(views.uniclip, unused=("logit_scale",), most_views=math.inf),
 }
 
 
@@ -69,8 +80,26 @@ def make_objective(
     def over(loss):
         return loss if mesh is None else losses.sharded(loss, mesh)
 
-    make = choose(OBJECTIVES, name, "objective").make
-    return make(over, model, num_concepts)
+    entry = choose(OBJECTIVES, name, "objective")
+    return entry.make(over, model, num_concepts)._replace(unused=entry.unused)
+
+
+def taught_by_both(name: str, other: str) -> tuple[str, ...]:
+    """What a run may take over from another: parts of the model that both teach.
+
+    A text tower that SupCon never looked at, or its temperature, is nothing learnt.
+
+    Args:
+      name: a key of OBJECTIVES.
+      other: the other run's; if it is not known, it is taken to teach all.
+
+    Returns:
+      Names of `config.PARTS`.
+    """
+    unused = {*OBJECTIVES[name].unused}
+    if other in OBJECTIVES:
+        unused |= {*OBJECTIVES[other].unused}
+    return tuple(part for part in PARTS if part not in unused)
 
 
 def check(config: Mapping) -> None:

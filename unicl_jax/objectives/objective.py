@@ -20,12 +20,17 @@ class Objective(NamedTuple):
     images are not embedded by the model's `encode_image`; None: they are
     concepts(params) -> [concepts, D']: what stands for a concept's name, where that is
     not its texts' embedding; None: it is
+    logit_scale(params) -> the multiplier s, where it is not the model's; None: it is
+    unused: parts of the model's parameters that it doesn't teach: they stay as they
+    are, for weight decay alone would take them to 0
     """
 
     loss: Callable[["Forward"], tuple[jax.Array, dict[str, jax.Array]]]
     init: Callable[[jax.Array, Any], dict] | None = None
     encode_image: Callable[[Any, Any, jax.Array], jax.Array] | None = None
     concepts: Callable[[Any], jax.Array] | None = None
+    logit_scale: Callable[[Any], jax.Array] | None = None
+    unused: tuple[str, ...] = ()
 
 
 class Forward:

@@ -1,7 +1,6 @@
 """Objectives that compare several views of each image."""
 
 import jax.numpy as jnp
-from jax import lax
 
 from unicl_jax import losses
 from unicl_jax.augment import PARAMETERS
@@ -34,7 +33,7 @@ def supcon(over, model, num_concepts):
             forward.own["head"], features.reshape(-1, width)
         )
         z = forward.project(x).reshape(batch, views, -1)
-        temperature = 1 / lax.stop_gradient(forward.logit_scale())
+        temperature = 1 / forward.logit_scale()  # does not learn: `unused` holds it
         return supcon_loss(z, forward.labels, temperature), {}
 
     return Objective(loss, init)
@@ -72,7 +71,7 @@ def uniclip(over, model, num_concepts):
         u = forward.project(x).reshape(batch, views, -1)
         z = jnp.concatenate([u, forward.text()[:, None]], 1)
         labels = row_labels(forward.labels)
-        scales = model.logit_scale({"logit_scale": forward.own["log_scales"]})
+        scales = all_scales({"objective": forward.own})
         offsets = forward.own["offsets"]
         rows = mp_nce_loss(
             z.reshape(-1, z.shape[-1]),
@@ -92,4 +91,9 @@ def uniclip(over, model, num_concepts):
         x = head(params).apply(own, features, untouched)
         return model.project_image(params, x)
 
-    return Objective(loss, init, encode_image)
+    def all_scales(params):
+        return model.logit_scale({"logit_scale": params["objective"]["log_scales"]})
+
+    return Objective(
+        loss, init, encode_image, logit_scale=lambda params: all_scales(params)[1]
+    )
