@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 import unicl_jax
-from unicl_jax import encoders, export, model, train
+from unicl_jax import encoders, export, model, objectives, train
 from unicl_jax.augment import normalize
 from unicl_jax.checkpoint import read_towers
 from unicl_jax.data import Tokenizer
 from unicl_jax.encoders import weights
+from unicl_jax.encoders.weights import Weights
 from unicl_jax.encoders.weights.files import read_arrays
 from unicl_jax.errors import InputError
 
@@ -90,14 +91,67 @@ def test_uniclips_images_are_embedded_by_its_head(tmp_path):
     loaded = unicl_jax.load(tmp_path / "run")
     params, state = read_towers(tmp_path / "run")
     two = encoders.from_config(loaded.config)
+    objective = objectives.make_objective("uniclip", two)
+    want = objective.encode_image(params, state, normalize(pictures()))
+    np.testing.assert_allclose(loaded.encode_image(pictures()), want, atol=1e-5)
     plain, _ = two.encode_image(params, state, normalize(pictures()))
-    assert np.abs(loaded.encode_image(pictures()) - plain).max() > 1e-2
+    assert np.abs(want - plain).max() > 1e-2
+    scale = np.exp(params["objective"]["log_scales"][1])
+    assert loaded.logit_scale == pytest.approx(scale, rel=1e-6)
+    # No layout has a place for the head; the tower by itself goes out.
+    with pytest.raises(InputError, match="no place for the head"):
+        export.export(tmp_path / "run", tmp_path / "model.npz")
+    tower = tmp_path / "tower.npz"
+    assert export.export(tmp_path / "run", tower, "timm_swin")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_text"])
+def test_a_run_that_taught_no_texts_is_an_image_tower(name, tmp_path):
+    config = shrunk(f"baselines/{name}.py")
+    train.run(config, tmp_path / "run")
+    loaded = unicl_jax.load(tmp_path / "run")
+    params, state = read_towers(tmp_path / "run")
+    two = encoders.from_config({**weights.MODEL, **config.model.to_dict()})
+    want, _ = two.image_features(params, state, normalize(pictures()))
+    got = loaded.encode_image(pictures(), normalize=False)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    with pytest.raises(InputError, match="a text tower that was taught"):
+        loaded.encode_text("a cat")
 
 
 # --- Pictures.
 
 
-def test_pictures_are_brought_to_the_towers_size(loaded, tmp_path):
+@pytest.fixture(scope="module")
+def cropping(run):
+    """The same towers, evaluated as UniCL's: the centre of what is a little larger."""
+    config = {**unicl_jax.load(run).config, "crop_pct": 224 / 256}
+    return model.Model(Weights(config, *read_towers(run)))
+
+
+def test_a_runs_pictures_are_taken_as_the_run_took_them(loaded):
+    """The quick start's are whole: nothing is cut off at the edges."""
+    images = pictures()
+    got = loaded.preprocess([Image.fromarray(image) for image in images])
+    np.testing.assert_array_equal(got, images)
+
+
+@pytest.mark.parametrize("sides", [(322, 644), (374, 400), (389, 392), (33, 900)])
+def test_the_shorter_side_is_scaled_to_its_size_whatever_it_was(sides, cropping):
+    """322 pixels by a float product come out one short."""
+    picture = Image.fromarray(pictures(1, 8)[0]).resize(sides)
+    got = cropping.preprocess(picture)[0]
+    shorter = 36
+    to = [shorter * side // min(sides) for side in sides]
+    assert min(to) == shorter
+    resized = picture.resize(to, Image.Resampling.BICUBIC)
+    left, top = (round((side - 32) / 2) for side in to)
+    want = np.asarray(resized)[top : top + 32, left : left + 32]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_pictures_are_brought_to_the_towers_size(cropping, tmp_path):
+    loaded = cropping
     wide = Image.fromarray(pictures(1, 64)[0]).resize((100, 50))
     wide.save(tmp_path / "wide.png")
     got = loaded.preprocess([wide, tmp_path / "wide.png", str(tmp_path / "wide.png")])
@@ -112,15 +166,30 @@ def test_pictures_are_brought_to_the_towers_size(loaded, tmp_path):
     assert loaded.preprocess([]).shape == (0, 32, 32, 3)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+MODES = {
+    "RGB": (255, 0, 0),
+    "RGBA": (255, 255, 255),  # transparent: laid on white, as in training
+    "L": (76, 76, 76),
+    "P": (255, 0, 0),
+    "CMYK": (255, 0, 0),
+    "1": (0, 0, 0),
+    "I;16": (128, 128, 128),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_rgb(mode, loaded):
-    picture = Image.new("RGB", (40, 40), (255, 0, 0)).convert(mode)
+    picture = Image.new("RGB", (40, 40), (255, 0, 0))
+    if mode == "I;16":
+        picture = Image.fromarray(np.full((40, 40), 128 * 256, np.uint16))
+    elif mode == "1":
+        picture = picture.convert(mode, dither=Image.Dither.NONE)
+    else:
+        picture = picture.convert(mode)
     if mode == "RGBA":
         picture.putalpha(0)
     got = loaded.preprocess(picture)[0]
-    want = {"RGBA": (255, 255, 255), "L": (76, 76, 76)}.get(mode)
-    if want:
-        np.testing.assert_array_equal(got, np.full((32, 32, 3), want))
+    np.testing.assert_array_equal(got, np.full((32, 32, 3), MODES[mode]))
 
 
 def test_what_is_no_picture_is_told(loaded, tmp_path):
@@ -128,6 +197,10 @@ def test_what_is_no_picture_is_told(loaded, tmp_path):
     for path in (tmp_path / "text.png", tmp_path / "nothing.png"):
         with pytest.raises(InputError, match=f"readable image files.*{path.name}"):
             loaded.preprocess([path])
+    with pytest.raises(InputError, match="paths or PIL images: got ndarray"):
+        loaded.preprocess([pictures(1)[0]])
+    with pytest.raises(InputError, match="8 or 16 bits a channel: got one of floats"):
+        loaded.preprocess(Image.new("F", (40, 40)))
 
 
 # --- What does not fit.
@@ -145,6 +218,11 @@ def test_what_is_no_picture_is_told(loaded, tmp_path):
 def test_images_that_do_not_fit_are_told(images, loaded):
     with pytest.raises(InputError, match=r"must be \[B, 32, 32, 3\].*got"):
         loaded.encode_image(images)
+
+
+def test_nothing_gives_nothing(loaded):
+    assert loaded.encode_text([]).shape == (0, 128)
+    assert loaded.encode_image(pictures(0)).shape == (0, 128)
 
 
 def test_texts_that_do_not_fit_are_told(loaded):
@@ -181,6 +259,11 @@ def test_folders_that_hold_no_model_are_told(tmp_path, run):
         unicl_jax.load(tmp_path)
 
 
+def test_options_go_to_their_tower_and_never_to_a_run(run):
+    with pytest.raises(InputError, match="must be as it was trained: got text"):
+        unicl_jax.load(run, text={"num_heads": 4})
+
+
 # --- Names.
 
 
@@ -202,6 +285,8 @@ def test_a_run_is_exported_and_read_again(run, loaded, tmp_path, capsys):
     assert export.main([f"--from={run}", f"--to={to}"]) == 0
     said = capsys.readouterr().out
     assert "unicl; read again, the largest difference is 0" in said
+    # A reader that goes by shapes would take 64 channels for a head.
+    assert "must be told: " in said and "text.num_heads=2" in said
     again = unicl_jax.load(to)
     np.testing.assert_array_equal(
         again.encode_image(pictures()), loaded.encode_image(pictures())
@@ -214,7 +299,7 @@ def test_a_run_is_exported_and_read_again(run, loaded, tmp_path, capsys):
     assert export.main(options) == 0
     tower = unicl_jax.load(backbone)
     assert tower.encode_image(pictures()).shape == (3, tower.embed_dim)
-    with pytest.raises(InputError, match="texts need a text tower"):
+    with pytest.raises(InputError, match="texts need a text tower that was"):
         tower.encode_text("a cat")
 
 
@@ -226,8 +311,15 @@ def test_an_export_says_how_far_what_it_wrote_is_off(run, tmp_path, monkeypatch)
         arrays["image_encoder.norm.bias"] = arrays["image_encoder.norm.bias"] + 1
         return arrays, about
 
-    monkeypatch.setattr(export, "read_arrays", read)
-    assert export.export(run, tmp_path / "model.npz") > 1e-3
+    monkeypatch.setattr(model, "read_arrays", read)
+    assert export.export(run, tmp_path / "model.npz")[0] > 1e-3
+
+
+def test_an_npz_says_what_its_model_is_too(run, loaded, tmp_path):
+    export.export(run, tmp_path / "model.npz")
+    again = unicl_jax.load(tmp_path / "model.npz")
+    assert again.config["text"]["num_heads"] == 2
+    np.testing.assert_array_equal(again.encode_text("a"), loaded.encode_text("a"))
 
 
 @pytest.mark.parametrize(

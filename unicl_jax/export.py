@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,14 +21,16 @@ import numpy as np
 from unicl_jax import model
 from unicl_jax.encoders import weights
 from unicl_jax.encoders.weights import Weights
-from unicl_jax.encoders.weights.files import read_arrays, write_arrays
-from unicl_jax.errors import InputError
+from unicl_jax.encoders.weights.files import write_arrays
+from unicl_jax.errors import InputError, choose
 
 # Of a `model` section, what says how to train and not what the model is.
 OF_TRAINING = ("dtype", "logit_scale_init")
 
 
-def export(source: str | Path, to: str | Path, layout: str = "unicl") -> float:
+def export(
+    source: str | Path, to: str | Path, layout: str = "unicl"
+) -> tuple[float, dict[str, Any]]:
     """Writes a model's weights, and compares what it reads there with the model.
 
     Args:
@@ -36,24 +39,32 @@ def export(source: str | Path, to: str | Path, layout: str = "unicl") -> float:
       layout: a key of `encoders.weights.LAYOUTS`; some hold an image tower alone.
 
     Returns:
-      The largest difference between the features of the model and those of what was
-      read again.
+      The largest difference between the features of the model and those of what
+      `model.load` makes of the file; and the options that other readers must be told,
+      for the arrays' names and shapes don't.
 
     Raises:
       InputError: if the source is no model, the layout has no place for it, or the file
         cannot be written.
     """
     loaded = model.load(source)
+    family = choose(weights.FITS, layout, "format")
     config = {k: v for k, v in loaded.config.items() if k not in OF_TRAINING}
-    if weights.FITS[layout].text is None:
-        config.pop("text", None)
+    if not family.text:
+        config = {k: v for k, v in config.items() if k not in ("text", "embed_dim")}
+    elif loaded.has_own_head:
+        raise InputError(
+            f'format "{layout}" has no place for the head that embeds the images of '
+            'this run (its objective is "uniclip"); write the image tower alone.'
+        )
     params, state = jax.tree.map(np.asarray, (loaded.params, loaded.state))
-    arrays = weights.to_arrays(Weights(loaded.config, params, state), layout)
+    whole = Weights(loaded.config, params, state)
+    arrays = weights.to_arrays(whole, layout)
     write_arrays(to, arrays, {model.ABOUT: json.dumps(config), "format": "pt"})
-    again = weights.from_arrays(read_arrays(to)[0], layout, **config)
-    params = {name: loaded.params[name] for name in again.params}
-    state = {name: loaded.state[name] for name in again.state}
-    return _difference(model.Model(Weights(config, params, state)), model.Model(again))
+    if not family.text:  # the tower of a model of both, by itself
+        parts = ({"image": tree["image"]} for tree in (params, state))
+        loaded = model.Model(Weights(config, *parts))
+    return _difference(loaded, model.load(to)), weights.untold(whole, layout)
 
 
 def _difference(one, other):
@@ -89,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--format", default="unicl", choices=tuple(weights.LAYOUTS))
     options = parser.parse_args(argv)
     try:
-        difference = export(options.source, options.to, options.format)
+        difference, untold = export(options.source, options.to, options.format)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -98,6 +109,11 @@ def main(argv: Sequence[str]) -> int:
         f"{options.to}: {megabytes:.1f} MB, {options.format}; read again, the largest "
         f"difference is {difference:.2g}"
     )
+    if untold:
+        print(
+            "The arrays don't say, and other readers must be told: "
+            + ", ".join(f"{name}={value}" for name, value in untold.items())
+        )
     return 0
 
 

@@ -8,7 +8,7 @@ probabilities = jax.nn.softmax(model.logit_scale * u @ v.T)
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,20 @@ from unicl_jax import augment, encoders
 from unicl_jax.encoders import weights
 from unicl_jax.encoders.weights import Weights
 from unicl_jax.encoders.weights.files import read_arrays
-from unicl_jax.errors import InputError, did_you_mean
+from unicl_jax.errors import InputError, choose, did_you_mean
 
 ABOUT = "unicl_jax.model"  # where a file that we wrote says what its model is
 
-# mean and standard deviation of pixels / 255; the shorter side before the crop, over
-# the crop's: timm's evaluation and OpenAI's.
+# mean and standard deviation of pixels / 255.
 NORMALIZATIONS = {
-    "imagenet": (augment.MEAN, augment.STD, 256 / 224),
+    "imagenet": (augment.MEAN, augment.STD),
     "clip": (
         (0.48145466, 0.4578275, 0.40821073),
         (0.26862954, 0.26130258, 0.27577711),
-        1.0,
     ),
 }
+# The crop's share of the shorter side, UniCL's and OpenAI's; 0: the whole is squashed.
+CROP_PCT = {"imagenet": 224 / 256, "clip": 1.0}
 
 TEXT_TOWER = {
     "name": "transformer",
@@ -56,23 +56,30 @@ class Model:
       image_size: pixels of a side of what `encode_image` takes.
       embed_dim: D, width of the embeddings; of an image tower alone, its features'.
       logit_scale: s, the multiplier of products of embeddings.
+      has_own_head: whether images are embedded by more than tower and projection.
     """
 
-    def __init__(self, found: Weights, encode_image=None):
+    def __init__(self, found: Weights, encode_image=None, logit_scale=None):
         """Takes weights as `weights.from_arrays` or `load` make them.
 
         Args:
           found: the model and its weights.
           encode_image: (params, state, normalised images) -> unit embeddings, where
             the objective it was trained for has a way of its own; None: the towers'.
+          logit_scale: s, where it is not the towers' own.
         """
+        self.has_own_head = encode_image is not None
         self.config = dict(found.model)
         self.params, self.state = jax.tree.map(jnp.asarray, found[1:])
         image = self.config["image"]
         self.image_size = image.get("image_size", 224)
         normalization = self.config.get("normalization", "imagenet")
-        self._mean, self._std, self._margin = NORMALIZATIONS[normalization]
-        self._text = self.config.get("text")
+        choose(NORMALIZATIONS, normalization, "model.normalization")
+        self._mean, self._std = NORMALIZATIONS[normalization]
+        self._crop_pct = self.config.get("crop_pct", CROP_PCT[normalization])
+        self._text = None
+        if "text" in self.config:
+            self._text = encoders.text_options(self.config["text"])
         if self._text is None:
             tower = encoders.image_tower(image)
             self.embed_dim, self.logit_scale = tower.width, 1.0
@@ -89,6 +96,8 @@ class Model:
             self._texts = jax.jit(_projected(two.text_features, "text"))
         if encode_image is not None:
             self._image = jax.jit(encode_image)
+        if logit_scale is not None:
+            self.logit_scale = logit_scale
 
     def encode_image(self, images, *, normalize: bool = True) -> jax.Array:
         """Embeds images.
@@ -134,12 +143,14 @@ class Model:
         """
         if self._text is None:
             raise InputError(
-                f'texts need a text tower: this is an image tower alone ("'
-                f'{self.config["image"]["name"]}"); load a model of both.'
+                "texts need a text tower that was taught: this is an image tower alone "
+                f'("{self.config["image"]["name"]}"); load a model of both.'
             )
         is_text = isinstance(texts, str) or (
             len(texts) and isinstance(texts[0], str)  # an array of ids has none
         )
+        if not is_text and not len(texts):
+            return jnp.zeros((0, self.embed_dim))
         tokens = self.tokenize(texts) if is_text else np.asarray(texts)
         length, vocab_size = self._text["context_length"], self._text["vocab_size"]
         if (
@@ -149,7 +160,7 @@ class Model:
         ):
             raise InputError(
                 f"texts must be strings or integer tokens [B, L], L up to {length}: "
-                f"got {tokens.dtype} {tokens.shape}."
+                f"got {tokens.dtype} {tokens.shape}; model.tokenize makes them."
             )
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
             raise InputError(
@@ -174,20 +185,25 @@ class Model:
         from unicl_jax.data.tokenizer import Tokenizer
 
         if self._text is None:
-            raise InputError("tokens need a text tower: this is an image tower alone.")
+            raise InputError(
+                "tokens need a text tower: this is an image tower alone; load a model "
+                "of both."
+            )
         texts = [texts] if isinstance(texts, str) else list(texts)
         empty = [i for i, text in enumerate(texts) if not text.strip()]
         if empty:
             raise InputError(
-                f"texts must not be empty: got {texts[empty[0]]!r} at index {empty[0]}."
+                f"texts must not be empty: got {texts[empty[0]]!r} at index "
+                f"{empty[0]}; leave it out."
             )
         return Tokenizer(self._text["context_length"], self._text["vocab_size"])(texts)
 
     def preprocess(self, pictures) -> np.ndarray:
         """Pictures to the pixels that `encode_image` takes.
 
-        The shorter side to the crop's (times 256 / 224 for ImageNet's normalization),
-        bicubic; then the centre.
+        The shorter side to S / crop_pct, bicubic, then the centre; or all of it, where
+        crop_pct is 0. crop_pct is the config's, or 224 / 256 for UniCL's and ImageNet's
+        models and 1 for CLIP's.
 
         Args:
           pictures: PIL images or paths, one or B.
@@ -198,10 +214,11 @@ class Model:
         Raises:
           InputError: if a file is missing or is no picture.
         """
-        if isinstance(pictures, str | Path) or not isinstance(pictures, Sequence):
+        if isinstance(pictures, str | Path) or not isinstance(pictures, Iterable):
             pictures = [pictures]
-        size = self.image_size
-        pixels = [_centre(p, size, int(self._margin * size)) for p in pictures]
+        size, pct = self.image_size, self._crop_pct
+        shorter = int(size / pct) if pct else None
+        pixels = [_square(picture, size, shorter) for picture in pictures]
         return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
 
 
@@ -215,25 +232,42 @@ def _projected(features, tower):
     return encode
 
 
-def _centre(picture, size, shorter):
-    from PIL import Image, UnidentifiedImageError
+def _square(picture, size, shorter):
+    """[size, size, 3] uint8: the centre of what is scaled to `shorter`; None: all."""
+    from PIL import Image
 
+    path = picture
     if isinstance(picture, str | Path):
         try:
             picture = Image.open(picture)
             picture.load()
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise InputError(
-                f'pictures must be readable image files: "{picture}" is not ({error}).'
+                f'pictures must be readable image files: "{path}" is not ({error}); '
+                "leave it out."
             ) from error
+    if not isinstance(picture, Image.Image):
+        raise InputError(
+            "pictures must be paths or PIL images: got "
+            f"{type(picture).__name__}; Image.fromarray makes one of pixels."
+        )
+    if picture.mode.startswith("I"):  # 16 bits: PIL would cut off all above 255
+        values = np.clip(np.asarray(picture, np.int64) // 256, 0, 255)
+        picture = Image.fromarray(values.astype(np.uint8))
+    if picture.mode == "F":
+        raise InputError(
+            "pictures must have 8 or 16 bits a channel: got one of floats; bring it to "
+            "0..255 first."
+        )
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(white, picture)  # as in training
     picture = picture.convert("RGB")
-    width, height = picture.size
-    scale = shorter / min(width, height)
-    to = (max(size, int(scale * width)), max(size, int(scale * height)))
+    if shorter is None:
+        return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+    # Whole numbers: a float product rounds 322 pixels to 255 for 256.
+    to = [max(size, shorter * side // min(picture.size)) for side in picture.size]
     picture = picture.resize(to, Image.Resampling.BICUBIC)
     left, top = (round((side - size) / 2) for side in picture.size)
     return np.asarray(picture.crop((left, top, left + size, top + size)))
@@ -251,7 +285,8 @@ def load(
         weights.
       layout: of a file, if its names should not tell.
       seed: of random weights.
-      **changes: options that a file's shapes don't tell, as `text={"num_heads": 4}`.
+      **changes: options that a file's shapes don't tell, as `text={"num_heads": 4}`, or
+        of a name's model; a run says all of its own.
 
     Returns:
       The model.
@@ -262,12 +297,18 @@ def load(
     path = Path(source)
     if path.is_dir():
         if (path / "checkpoints").is_dir():
+            if changes or layout:
+                raise InputError(
+                    "a run's model must be as it was trained: got "
+                    f"{', '.join([*changes, *['layout'] * bool(layout)])} for "
+                    f'"{source}"; leave those out.'
+                )
             return _of_run(path)
-        return _of_hugging_face(path, changes)
+        return _of_hugging_face(path, layout, changes)
     if path.is_file():
         arrays, about = read_arrays(path)
-        if ABOUT in about and not changes:
-            changes = json.loads(about[ABOUT])
+        if ABOUT in about:  # one that we wrote
+            changes = weights.merged(json.loads(about[ABOUT]), changes)
         return Model(weights.from_arrays(arrays, layout, **changes))
     known = variants()
     if str(source) not in known:
@@ -275,7 +316,7 @@ def load(
             f'a model must be a workdir, a weights file or a name: "{source}" is no '
             f"file or folder; {did_you_mean(str(source), known)}"
         )
-    model = {**known[str(source)], **changes}
+    model = weights.merged(known[str(source)], changes)
     two = encoders.from_config({**weights.MODEL, **model})
     return Model(Weights(model, *jax.jit(two.init)(jax.random.key(seed))))
 
@@ -315,11 +356,25 @@ def _of_run(workdir: Path) -> Model:
     params, state = checkpoint.read_towers(workdir)
     two = encoders.from_config(model)
     made = objectives.make_objective(objective, two)
-    own = made.encode_image if made.concepts is None else None
-    return Model(Weights(model, params, state), own)
+    model = {**model, **_picture(config)}
+    if "text" in made.unused:  # its text tower says nothing: leave it out
+        del model["text"]
+        return Model(Weights(model, params, state))
+    scale = None
+    if made.logit_scale is not None:
+        scale = float(made.logit_scale(params))
+    return Model(Weights(model, params, state), made.encode_image, scale)
 
 
-def _of_hugging_face(folder: Path, changes: Mapping[str, Any]) -> Model:
+def _picture(config) -> dict[str, float]:
+    """How a run's pictures become squares, by its first evaluation or source."""
+    sources = [*config["evaluations"].values(), *config["data"]["sources"].values()]
+    name = (sources[0].get("preprocess") or {}).get("name")
+    whole = sources[0]["format"] in ("npz", "quickstart") or name == "resize"
+    return {"crop_pct": 0.0} if whole else {}
+
+
+def _of_hugging_face(folder: Path, layout, changes: Mapping[str, Any]) -> Model:
     file, about = folder / "model.safetensors", folder / "config.json"
     if not file.is_file():
         raise InputError(
@@ -327,15 +382,21 @@ def _of_hugging_face(folder: Path, changes: Mapping[str, Any]) -> Model:
             "neither; name the weights file."
         )
     arrays, _ = read_arrays(file)
-    changes = {k: dict(v) if isinstance(v, Mapping) else v for k, v in changes.items()}
+    said = {}
     if about.is_file():
-        said = json.loads(about.read_text())
-        for tower, key in (("image", "vision_config"), ("text", "text_config")):
-            own = changes.setdefault(tower, {})
-            for ours, theirs in (
-                ("activation", "hidden_act"),
-                ("num_heads", "num_attention_heads"),
-            ):
-                if theirs in said.get(key, {}):
-                    own.setdefault(ours, said[key][theirs])
-    return Model(weights.from_arrays(arrays, **changes))
+        try:
+            said = json.loads(about.read_text())
+        except ValueError as error:
+            raise InputError(
+                f'config.json must be JSON: "{about}" is not ({error}); get it again.'
+            ) from error
+    names = {"hidden_act": "activation", "num_attention_heads": "num_heads"}
+    told = {
+        tower: {ours: said[key][theirs] for theirs, ours in names.items()}
+        for tower, key in (("image", "vision_config"), ("text", "text_config"))
+        if isinstance(said.get(key), dict) and names.keys() <= said[key].keys()
+    }
+    for tower, options in changes.items():
+        own = told.get(tower)
+        told[tower] = options if own is None else {**own, **options}
+    return Model(weights.from_arrays(arrays, layout, **told))

@@ -108,7 +108,23 @@ def image_options(config: Mapping) -> dict:
     Returns:
       The options by name, without "name".
     """
-    factory = choose(IMAGE_TOWERS, config["name"], "model.image.name")
+    return _options(IMAGE_TOWERS, config, "model.image")
+
+
+def text_options(config: Mapping) -> dict:
+    """All options of the text tower that `model.text` describes, defaults included.
+
+    Args:
+      config: a `name` from the menu and its options.
+
+    Returns:
+      The options by name, without "name".
+    """
+    return _options(TEXT_TOWERS, config, "model.text")
+
+
+def _options(menu, config, what):
+    factory = choose(menu, config["name"], f"{what}.name")
     parameters = inspect.signature(factory).parameters.items()
     options = {k: p.default for k, p in parameters if p.default is not p.empty}
     return {**options, **{k: v for k, v in config.items() if k != "name"}}

@@ -44,16 +44,6 @@ VARIANTS = {
     "focalnet_small_lrf": {**_SMALL, **_LRF},
     "focalnet_base_srf": {**_BASE, **_SRF},
     "focalnet_base_lrf": {**_BASE, **_LRF},
-    # K-LITE's configuration of UniCL's Focal-B. Its "post-LN" is the norm inside the
-    # modulation: UniCL's FocalNet has no other.
-    "focalnet_base_klite": {
-        **_BASE,
-        **_LRF,
-        "conv_embed": True,
-        "modulation_norm": True,
-        "layer_scale": 1e-6,
-        "drop_path": 0.1,
-    },
 }
 
 

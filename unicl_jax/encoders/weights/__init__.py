@@ -82,17 +82,48 @@ def from_arrays(
     arrays = family.canonical(arrays)
     try:
         model = family.model(arrays)
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"weights in the {family.name} layout must have that model's shapes: they "
+            f"have others ({error}); get the file again."
+        ) from error
     except KeyError as error:
         raise InputError(
             f"weights in the {family.name} layout must hold {error}: it is not "
             "there; get the file again."
         ) from error
-    for section, options in changes.items():
-        own = model.get(section)
-        model[section] = {**own, **options} if isinstance(own, dict) else options
+    model = merged(model, changes)
     params, state = shapes(model)
     tree = join_tree(family, arrays, {"params": params, "state": state})
     return Weights(model, tree["params"], tree["state"])
+
+
+def merged(model: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A `model` section with some options changed, those of towers one by one.
+
+    Args:
+      model: the section.
+      changes: to it, as {"text": {"num_heads": 4}, "embed_dim": 32}.
+
+    Returns:
+      The section, new.
+
+    Raises:
+      InputError: for a tower that the model does not have.
+    """
+    found = dict(model)
+    for section, options in changes.items():
+        if section in ("image", "text"):
+            if section not in model:
+                raise InputError(
+                    f"options of a tower must be of one that is there: got {section}="
+                    f"{dict(options)} for an image tower alone; leave them out."
+                )
+            options = {**model[section], **options}
+        found[section] = options
+    return found
 
 
 def to_arrays(weights: Weights, layout: str) -> dict[str, np.ndarray]:
@@ -117,20 +148,57 @@ def to_arrays(weights: Weights, layout: str) -> dict[str, np.ndarray]:
             f'format "{layout}" is for {" and ".join(fits.image)}: the model\'s image '
             f'tower is "{kind}"; formats for that: {", ".join(others) or "none"}.'
         )
-    parts = ("image",) if fits.text is None else PARTS
+    parts = PARTS if fits.text else ("image",)
     params, state = (
         {name: tree[name] for name in parts if name in tree}
         for tree in (weights.params, weights.state)
     )
-    own = {**TEXT_DEFAULTS, **model.get("text", {"name": "none"})}
-    needed = fits.text or {}
-    if wrong := {k: own.get(k) for k, v in needed.items() if own.get(k) != v}:
+    text = model.get("text", {"name": "none"})
+    if fits.text and text["name"] != "transformer":
         raise InputError(
-            f'format "{layout}" is for text towers with {needed}: the model has '
-            f"{wrong}, and would be taken for another."
+            f'format "{layout}" is for a "transformer" of texts: the model has '
+            f'"{text["name"]}"; write its image tower alone, or another format.'
         )
     tables = family.tables(encoders.image_options(model["image"]))
     return split_tree(family, {"params": params, "state": state}) | tables
+
+
+def untold(weights: Weights, layout: str) -> dict[str, Any]:
+    """What a model has that readers of a layout cannot tell from its arrays.
+
+    Args:
+      weights: of the model.
+      layout: a key of LAYOUTS.
+
+    Returns:
+      Options by name, as {"text.num_heads": 2}; {} if the arrays say it all.
+    """
+    family = LAYOUTS[layout]
+    told = family.model(family.canonical(to_arrays(weights, layout)))
+    found = {}
+    for tower, options in (
+        ("image", encoders.image_options),
+        ("text", encoders.text_options),
+    ):
+        if tower not in told:
+            continue
+        theirs, ours = options(told[tower]), options(weights.model[tower])
+        found |= {
+            f"{tower}.{name}": value
+            for name, value in ours.items()
+            if name not in OF_TRAINING and not _equal(theirs.get(name), value)
+        }
+    return found
+
+
+def _equal(a, b):
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return list(a) == list(b)
+    return a == b
+
+
+# Options of towers that change how they learn or are computed, not what they are.
+OF_TRAINING = ("drop_path", "init_std", "remat", "dtype", "layer_scale")
 
 
 def shapes(model: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -154,21 +222,19 @@ PARTS = ("image", "text", "image_projection", "text_projection", "logit_scale")
 
 # What a `model` section says where a file says nothing.
 MODEL = {"logit_scale_init": 1.0, "logit_scale_max": None, "dtype": "float32"}
-TEXT_DEFAULTS = {"eps": 1e-12, "activation": "quick_gelu", "causal": True}
 
 
 class _Fits(NamedTuple):
     """Which models a layout's readers make of it."""
 
     image: tuple[str, ...]  # names of towers start with one of these
-    text: dict[str, Any] | None  # options that they take for granted; None: no text
+    text: bool  # or an image tower alone
 
 
-_CLIP = {"name": "transformer", "eps": 1e-5, "activation": "quick_gelu", "causal": True}
 FITS = {
-    "unicl": _Fits(("swin", "focalnet"), {**_CLIP, "eps": 1e-12}),
-    "openai_clip": _Fits(("vit",), _CLIP),
-    "hf_clip": _Fits(("vit",), _CLIP),
-    "timm_swin": _Fits(("swin",), None),
-    "timm_resnet": _Fits(("resnet",), None),
+    "unicl": _Fits(("swin", "focalnet"), True),
+    "openai_clip": _Fits(("vit",), True),
+    "hf_clip": _Fits(("vit",), True),
+    "timm_swin": _Fits(("swin",), False),
+    "timm_resnet": _Fits(("resnet",), False),
 }

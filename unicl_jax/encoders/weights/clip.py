@@ -21,6 +21,8 @@ from unicl_jax.encoders.weights.layout import (
 from unicl_jax.encoders.weights.unicl import LEAVES, TEXT, count
 
 EPS = 1e-5
+# Heads of released towers that are not 64 wide: open_clip's ViT-H, -g and -bigG.
+HEADS = {1280: 16, 1408: 16, 1664: 16}
 # Sizes that an archive of OpenAI's holds as arrays, too, and tables that are computed.
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 _POSITION_IDS = ("position_ids",)
@@ -38,7 +40,7 @@ def _model(arrays, token, position, patch, places, layers, projection):
             "patch_size": patch_size,
             "width": width,
             "num_layers": image_layers,
-            "num_heads": max(1, width // 64),  # in every released model
+            "num_heads": HEADS.get(width, max(1, width // 64)),
             "image_size": side * patch_size,
         },
         "text": {

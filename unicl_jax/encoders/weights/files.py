@@ -4,10 +4,13 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from unicl_jax.encoders.weights.torch_files import read_torch
 from unicl_jax.errors import InputError, choose
+
+ABOUT = "__about__."  # before the names of an .npz file's strings about itself
 
 
 def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -26,10 +29,10 @@ def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f'weights must be a file: there is no "{path}".')
+        raise InputError(f'weights must be a file: there is no "{path}"; name another.')
     read = choose(READERS, path.suffix.lower(), f'weights "{path}": kind of file')
     arrays, about = read(path)
-    return {name: _widened(array) for name, array in arrays.items()}, about
+    return {name: _widened(path, name, x) for name, x in arrays.items()}, about
 
 
 def write_arrays(
@@ -61,9 +64,14 @@ def write_arrays(
         ) from error
 
 
-def _widened(array):
+def _widened(path, name, array):
     if array.dtype.kind in "iub" or array.dtype == np.float64:
         return array
+    if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
+        raise InputError(
+            f'weights must be numbers: "{path}" holds {name}, {array.dtype}; name a '
+            "weights file."
+        )
     return array.astype(np.float32)
 
 
@@ -87,23 +95,20 @@ def _read_safetensors(path):
 
 def _bits_as_float32(path):
     """Every array of a file with bfloat16 ones, for which NumPy has no type."""
-    import ml_dtypes
     from safetensors import deserialize
 
     kinds = {
         "BF16": ml_dtypes.bfloat16,
-        "F16": np.float16,
-        "F32": np.float32,
-        "F64": np.float64,
-        "I64": np.int64,
-        "I32": np.int32,
-        "U8": np.uint8,
         "BOOL": np.bool_,
+        **{f"F{8 * n}": np.dtype(f"f{n}") for n in (2, 4, 8)},
+        **{f"I{8 * n}": np.dtype(f"i{n}") for n in (1, 2, 4, 8)},
+        **{f"U{8 * n}": np.dtype(f"u{n}") for n in (1, 2, 4, 8)},
     }
-    return {
-        name: np.frombuffer(each["data"], kinds[each["dtype"]]).reshape(each["shape"])
-        for name, each in deserialize(path.read_bytes())
-    }
+    arrays = {}
+    for name, each in deserialize(path.read_bytes()):
+        kind = choose(kinds, each["dtype"], f'weights "{path}": type of {name}')
+        arrays[name] = np.frombuffer(each["data"], kind).reshape(each["shape"])
+    return arrays
 
 
 def _write_safetensors(path, arrays, about):
@@ -115,7 +120,10 @@ def _write_safetensors(path, arrays, about):
 def _read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}, {}
+            arrays = {name: file[name] for name in file.files}
+        about = [name for name in arrays if name.startswith(ABOUT)]
+        about = {name.removeprefix(ABOUT): str(arrays.pop(name)) for name in about}
+        return arrays, about
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise InputError(
             f'weights must be readable: "{path}" is no whole .npz file of arrays '
@@ -124,8 +132,8 @@ def _read_npz(path):
 
 
 def _write_npz(path, arrays, about):
-    del about  # it has no place for it
-    np.savez(path, **arrays)
+    with open(path, "wb") as file:  # by its name, it would get a suffix more
+        np.savez(file, **arrays, **{ABOUT + key: x for key, x in about.items()})
 
 
 def _read_torch(path):

@@ -145,7 +145,11 @@ def join_tree(layout: Layout, arrays: Mapping[str, np.ndarray], like: Tree) -> T
         if absent := [name for name in names if name not in arrays]:
             missing.extend(absent)
             return None
-        array = part.join([arrays[name] for name in names])
+        try:
+            array = part.join([arrays[name] for name in names])
+        except (ValueError, IndexError):  # another number of axes
+            wrong.append(f"{names[0]}: {arrays[names[0]].shape}")
+            return None
         if array.shape != leaf.shape:
             wrong.append(f"{names[0]}: {array.shape}, not {leaf.shape}")
         return array
@@ -164,7 +168,8 @@ def join_tree(layout: Layout, arrays: Mapping[str, np.ndarray], like: Tree) -> T
         ]
         raise InputError(
             f"weights in the {layout.name} layout must fill the model, each array used "
-            f"once: {'; '.join(problems)}."
+            f"once: {'; '.join(problems)}. Rename them, or say what the model is by "
+            "its options."
         )
     return tree
 

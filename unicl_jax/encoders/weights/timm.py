@@ -110,7 +110,7 @@ def _resnet_part(path, axes):
 
 
 def _resnet_model(arrays):
-    stages = count(arrays, r"^layer(\d+)\.") - 1  # they count from 1
+    stages = count(arrays, r"^layer(\d+)\.")
     stem = arrays["conv1.weight"]
     return {
         "image": {

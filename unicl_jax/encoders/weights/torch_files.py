@@ -1,14 +1,15 @@
 """Reads PyTorch's files without PyTorch, and without running what is in them.
 
 A `.pth` is a zip of one pickle and the tensors' bytes. The pickle may name any function
-to call; here it gets a short list of harmless ones, and an empty object for all others.
+to call; here it gets three harmless ones, and an empty object for all others.
 """
 
-import collections
 import io
+import math
 import pickle
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -34,14 +35,16 @@ class _Inert:
 
     def __new__(cls, *args, **kwargs):
         del args, kwargs
-        return super().__new__(cls)
+        made = super().__new__(cls)
+        made.state = {}  # here: unpickling need not call __init__
+        return made
 
     def __init__(self, *args, **kwargs):
         del args, kwargs
-        self.state = {}
 
     def __setstate__(self, state):
-        self.state = state if isinstance(state, dict) else {}
+        if isinstance(state, dict):
+            self.state.update(state)
 
     def __setitem__(self, key, value):  # what subclasses of dict are filled by
         self.state[key] = value
@@ -53,44 +56,70 @@ class _Inert:
         del items
 
 
-def _rebuild_tensor(storage, offset, size, stride, *_):
-    """A view of a storage: PyTorch's strides count elements, NumPy's bytes."""
+class _Dict(dict):
+    """An OrderedDict of the file, whose attributes the file cannot set."""
+
+    def __init__(self, items=()):
+        super().__init__(items)
+
+    def __setstate__(self, state):
+        del state
+
+
+class _Storage(NamedTuple):
+    """The elements of a storage, in a row: what tensors are views of."""
+
+    data: np.ndarray
+
+
+def _rebuild_tensor(storage, offset, size, stride):
+    """A tensor's elements: PyTorch's strides count elements, NumPy's bytes."""
+    if not isinstance(storage, _Storage):
+        raise ValueError("a tensor's elements are no storage's")
+    data, numbers = storage.data, (offset, *size, *stride)
+    if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"a tensor has offset {offset}, size {size}, stride {stride}")
+    count = math.prod(size)
+    if not count:
+        return np.zeros(size, data.dtype)
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if 0 in size:
-        return np.zeros(size, storage.dtype)
-    if offset < 0 or min(stride, default=0) < 0 or last >= len(storage):
+    if last >= len(data) or count > max(len(data), 1):
         raise ValueError(f"a tensor of {tuple(size)} lies outside of its storage")
-    strides = [s * storage.itemsize for s in stride]
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()
+    strides = [s * data.itemsize for s in stride]
+    return np.lib.stride_tricks.as_strided(data[offset:], size, strides).copy()
 
 
-def _rebuild_parameter(tensor, *_):
-    return tensor
-
-
-_HARMLESS = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-}
-
-
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # in Python: its memo has no size to be told
     def __init__(self, archive, folder):
-        super().__init__(io.BytesIO(archive.read(f"{folder}data.pkl")))
-        self._archive, self._folder = archive, folder
+        super().__init__(io.BytesIO(_read(archive, f"{folder}data.pkl")))
+        self._archive, self._folder, self._storages = archive, folder, {}
+        # Made anew for each file, which may set attributes on what it gets.
+        self._harmless = {
+            ("collections", "OrderedDict"): _Dict,
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *x: _rebuild_tensor(*x[:4]),
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+        }
 
     def find_class(self, module, name):
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
-        return _HARMLESS.get((module, name), _Inert)
+        return self._harmless.get((module, name), _Inert)
 
     def persistent_load(self, saved):
         kind, dtype, key, _, count = saved
-        if kind != "storage" or not isinstance(dtype, type):
-            raise ValueError(f"an unknown kind of storage: {saved}")
-        data = self._archive.read(f"{self._folder}data/{key}")
-        return np.frombuffer(data, dtype, count=count)
+        if kind != "storage" or dtype not in _DTYPES.values():
+            raise ValueError(f"an unknown kind of storage: {kind} of {dtype}")
+        if key not in self._storages:
+            data = _read(self._archive, f"{self._folder}data/{key}")
+            self._storages[key] = _Storage(np.frombuffer(data, dtype, count=count))
+        return self._storages[key]
+
+
+def _read(archive, name):
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED:  # a little file could hold very much
+        raise ValueError(f"{name} is compressed, as torch.save never does")
+    return archive.read(entry)
 
 
 def read_torch(path: str | Path) -> dict[str, np.ndarray]:
@@ -113,32 +142,34 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
                 raise ValueError("it holds no data.pkl")
             folder = min(entries, key=len).removesuffix("data.pkl")
             found = _Unpickler(archive, folder).load()
+        if isinstance(found, dict):
+            for key in ("model", "state_dict"):
+                if isinstance(found.get(key), dict):
+                    found = found[key]
+                    break
+        arrays = dict(_walk(found, "", set()))
     except Exception as error:  # whatever a damaged pickle can raise
         raise InputError(
             f'weights must be readable: "{path}" is no whole file of torch.save '
             f"1.6 or newer ({type(error).__name__}: {str(error)[:100]}); get it again, "
             "or save it anew with a newer PyTorch."
         ) from error
-    if isinstance(found, dict):
-        for key in ("model", "state_dict"):
-            if isinstance(found.get(key), dict):
-                found = found[key]
-                break
-    arrays = dict(_walk(found, ""))
     if not arrays:
         raise InputError(
             f'weights must hold arrays: "{path}" holds none, by name or under "model" '
-            'or "state_dict".'
+            'or "state_dict"; name the file of the weights.'
         )
     return arrays
 
 
-def _walk(node, name):
+def _walk(node, name, seen):
     """Arrays below a node, with dotted names: dicts, and modules of TorchScript."""
     if isinstance(node, np.ndarray):
         yield name, node
+        return
     if isinstance(node, _Inert):
         node = node.state
-    if isinstance(node, dict):
+    if isinstance(node, dict) and id(node) not in seen:  # a pickle may hold a ring
+        seen.add(id(node))
         for key, value in node.items():
-            yield from _walk(value, f"{name}.{key}" if name else str(key))
+            yield from _walk(value, f"{name}.{key}" if name else str(key), seen)

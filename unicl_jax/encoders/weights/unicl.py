@@ -18,6 +18,7 @@ from unicl_jax.encoders.weights.layout import (
     same,
     scalar,
 )
+from unicl_jax.errors import InputError
 
 # What the release computes and saves all the same.
 BUFFERS = re.compile(r"(relative_position_index|attn_mask)$")
@@ -93,9 +94,9 @@ def _part(path, axes):
 
 
 def count(names, pattern):
-    """One more than the largest number at the pattern's group, in any name; 0: none."""
+    """How many numbers there are at the pattern's group, over all names."""
     found = [re.search(pattern, name) for name in names]
-    return 1 + max((int(m[1]) for m in found if m), default=-1)
+    return len({int(m[1]) for m in found if m})
 
 
 def swin_options(arrays, prefix, image_size=None):
@@ -119,6 +120,10 @@ def swin_options(arrays, prefix, image_size=None):
         "window_size": windows[0],
         "patch_size": proj.shape[2],
     }
+    if f"{prefix}absolute_pos_embed" in arrays:
+        options["absolute_positions"] = True
+        places = arrays[f"{prefix}absolute_pos_embed"].shape[1]
+        image_size = round(places**0.5) * proj.shape[2]
     if image_size is None:
         # Where a late stage is smaller than the window, its window tells its size.
         # Otherwise the least that fits windows of 7 (8) on all stages: 224 (256).
@@ -161,9 +166,17 @@ def focal_options(arrays, prefix):
 
 
 def _image(arrays, prefix):
-    if f"{prefix}layers.0.blocks.0.modulation.f.weight" in arrays:
+    block = f"{prefix}layers.0.blocks.0."
+    if f"{block}modulation.f.weight" in arrays:
         return focal_options(arrays, prefix)
-    return swin_options(arrays, prefix)
+    if f"{block}attn.relative_position_bias_table" in arrays:
+        return swin_options(arrays, prefix)
+    raise InputError(
+        "weights in the unicl layout must be of a Swin or a FocalNet: the image "
+        "tower's first block has "
+        f"{', '.join(sorted(n for n in arrays if block in n)[:3])}, …; load a model of "
+        "one of those."
+    )
 
 
 def _model(arrays):
