@@ -424,6 +424,27 @@ def test_one_text_a_class_makes_per_image_cross_entropy_over_classes(x64):
     assert_close(aux.per_image, want + np.log(counts[labels]))
 
 
+def test_with_one_text_a_class_clip_and_unicl_are_one_loss(x64):
+    """Labels add something where the texts of a class differ, and only there."""
+    u, class_texts = embeddings()[0], embeddings(4, seed=5)[0]
+    labels = np.array([0, 1, 1, 2, 2, 2, 3, 3])
+
+    def mean(labels_given):
+        def of(u, texts, scale):
+            return unicl_loss(u, texts[labels], labels_given, scale).mean()
+
+        return jax.value_and_grad(of, (0, 1, 2))(u, class_texts, 5.0)
+
+    unlabelled = np.full(8, NO_LABEL)
+    assert_close(mean(labels), mean(unlabelled))
+    # Row by row they differ, and so they do with other texts.
+    rows_of = [rows(u, class_texts[labels], y, 5.0)[0] for y in (labels, unlabelled)]
+    assert np.abs(rows_of[0] - rows_of[1]).max() > 1e-2
+    other = embeddings(seed=6)[1]
+    means = [rows(u, other, y, 5.0)[0].mean() for y in (labels, unlabelled)]
+    assert abs(means[0] - means[1]) > 1e-2
+
+
 @pytest.mark.parametrize("scale", [0.5, 20.0])
 def test_neither_direction_goes_below_the_floor(scale, x64):
     for seed in range(20):
