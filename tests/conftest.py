@@ -1,5 +1,6 @@
 """What holds for every test: eight virtual CPU devices and one compile cache."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -11,6 +12,10 @@ for name, value in {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }.items():
     os.environ.setdefault(name, value)
+
+# PyTorch's triton and TensorFlow hold an LLVM each, and both load in this order alone.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
