@@ -157,10 +157,12 @@ class Torch:
         if tower == "bert":
             from transformers import BertConfig, BertModel
 
-            return BertModel(BertConfig(), add_pooling_layer=False)
+            still = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+            return BertModel(BertConfig(**still), add_pooling_layer=False)
         import timm
 
-        return timm.create_model(IMAGE_PEERS[tower], num_classes=0)
+        # Ours drops no paths either; timm's Swin would, a tenth of them.
+        return timm.create_model(IMAGE_PEERS[tower], num_classes=0, drop_path_rate=0.0)
 
     def _features(self, x):
         import torch

@@ -67,8 +67,7 @@ def _from_linen(module, *example):
         return module.init(key, *example)["params"]
 
     def apply(params, features, *inputs):
-        out = module.apply({"params": params}, features, *inputs)
-        return out
+        return module.apply({"params": params}, features, *inputs)
 
     return Head(init, apply)
 

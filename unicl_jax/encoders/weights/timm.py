@@ -93,11 +93,7 @@ _RESNET = (
 
 
 def _resnet_canonical(arrays):
-    return {
-        name: array
-        for name, array in arrays.items()
-        if not HEAD.search(name) and not name.startswith("fc.")
-    }
+    return {name: array for name, array in arrays.items() if not HEAD.search(name)}
 
 
 def _resnet_part(path, axes):

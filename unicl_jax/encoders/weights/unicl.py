@@ -99,7 +99,7 @@ def count(names, pattern):
     return len({int(m[1]) for m in found if m})
 
 
-def swin_options(arrays, prefix, image_size=None):
+def swin_options(arrays, prefix):
     """The options of `swin` that fit the shapes of its weights."""
     stages = count(arrays, re.escape(prefix) + r"layers\.(\d+)\.")
     depths = [
@@ -124,7 +124,7 @@ def swin_options(arrays, prefix, image_size=None):
         options["absolute_positions"] = True
         places = arrays[f"{prefix}absolute_pos_embed"].shape[1]
         image_size = round(places**0.5) * proj.shape[2]
-    if image_size is None:
+    else:
         # Where a late stage is smaller than the window, its window tells its size.
         # Otherwise the least that fits windows of 7 (8) on all stages: 224 (256).
         small = [s for s, window in enumerate(windows) if window < windows[0]]
