@@ -151,7 +151,7 @@ def test_every_row_has_its_own_image_label_and_text(share_prompts, opened):
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("mixture", ["balanced", "proportional", "weights"])
 def test_shared_prompts_fit_their_slots_at_every_step(mixture, multiple, opened):
-    iterator = opened(mixture=mixture, share_prompts=True, text_multiple=multiple)
+    iterator = opened(mixture=mixture, share_prompts=True, devices=multiple)
     slots = iterator.text_slots
     assert slots % multiple == 0
     for _ in range(60):

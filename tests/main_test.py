@@ -43,7 +43,7 @@ def get_config():
     c.model.image.drop_path = 0.1
     c.model.text.name = "transformer"
     c.model.text.vocab_size = 600
-    c.model.text.context_length = 12
+    c.model.text.context_length = 40
     c.model.text.width = 32
     c.model.text.num_heads = 2
     c.model.text.num_layers = 1
@@ -52,6 +52,7 @@ def get_config():
     for name, kind in sources.items():
         c.data.sources[name] = dict(format="quickstart", path=name, kind=kind)
     c.data.templates = "short"
+    c.data.text_length = "{text_length}"
     c.augment.shift, c.augment.color = 2, 0.2
     c.optimizer.warmup_steps = 4
     # npz, to do without the quick start's baseline, which takes a second.
@@ -73,8 +74,9 @@ def folder(tmp_path_factory):
     np.savez(held_out, images=images[:200], labels=labels[:200], class_names=names)
     for name, options in {
         "long": dict(steps=STEPS, every=EVERY, log=2, depths=(1, 1)),
-        "short": dict(steps=6, every=3, log=1, depths=(1,)),
+        "short": dict(steps=6, every=3, log=1, depths=(1,), text_length="bucket"),
     }.items():
+        options = dict(text_length="pack") | options
         recipe = RECIPE.format(held_out=held_out, **options)
         (folder / f"{name}.py").write_text(recipe)
     for library in ("tensorflow", "tensorflow_datasets", "torch"):

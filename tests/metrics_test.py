@@ -186,10 +186,11 @@ class Clock:
 
 def test_a_lap_tells_steps_waits_and_images(monkeypatch):
     watch = Clock(monkeypatch)
-    timer, batches = StepTimer(10), watch.batches(1, 3, 0)
-    assert timer.next_batch(batches) == 1
+    timer = StepTimer(10)
+    batches = timer.timed(watch.batches(1, 3, 0))
+    assert next(batches) == 1
     watch.now += 2
-    assert timer.next_batch(batches) == 3
+    assert next(batches) == 3
     watch.now += 2
     # 8 seconds for 2 steps, of which 4 were waiting.
     assert timer.lap(12, batch_size=32) == {
@@ -198,7 +199,7 @@ def test_a_lap_tells_steps_waits_and_images(monkeypatch):
         "images_per_second": 8.0,
     }
     # The lap starts the next one.
-    timer.next_batch(batches)
+    next(batches)
     watch.now += 1
     assert timer.lap(13, 32) == {
         "step_seconds": 1.0,
@@ -210,9 +211,10 @@ def test_a_lap_tells_steps_waits_and_images(monkeypatch):
 def test_a_batch_read_ahead_is_no_step_done(monkeypatch):
     """The loop takes the next batch before it looks at the step before."""
     watch = Clock(monkeypatch)
-    timer, batches = StepTimer(0), watch.batches(0, 0, 0)
+    timer = StepTimer(0)
+    batches = timer.timed(watch.batches(0, 0, 0))
     for _ in range(3):
-        timer.next_batch(batches)
+        next(batches)
         watch.now += 2
     assert timer.lap(2, 32)["step_seconds"] == 3.0  # 6 seconds, two steps done
     watch.now += 2
@@ -224,7 +226,7 @@ def test_a_lap_without_a_step_tells_nothing(monkeypatch):
     timer = StepTimer(4)
     watch.now += 5
     assert timer.lap(4, 32) == {}
-    timer.next_batch(watch.batches(1))
+    next(timer.timed(watch.batches(1)))
     timer.restart(5)  # an evaluation, say: what came before is forgotten
     assert timer.lap(5, 32) == {}
 

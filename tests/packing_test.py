@@ -52,7 +52,7 @@ def run(tower, params, tokens):
 def test_each_text_is_packed_once_whole_and_from_position_0(slots, pad):
     tokens = texts(pad)
     packed = pack(tokens, slots)
-    ends = zip(*divmod(packed.ends, slots), LENGTHS, tokens, strict=True)
+    ends = zip(*divmod(packed.ends[0], slots), LENGTHS, tokens, strict=True)
     used = np.zeros(packed.tokens.shape, int)
     texts_of_row = [set() for _ in used]
     for row, end, length, text in ends:
@@ -69,8 +69,11 @@ def test_each_text_is_packed_once_whole_and_from_position_0(slots, pad):
     assert len(packed.tokens) == {8: 5, 11: 3, 40: 1}[slots]
 
 
-@pytest.mark.parametrize(("slots", "rows"), [(8, None), (11, None), (16, 4), (40, 2)])
-def test_packed_features_and_gradients_are_the_padded_ones(slots, rows, x64):
+@pytest.mark.parametrize(
+    ("slots", "rows", "groups"),
+    [(8, None, 1), (11, None, 2), (16, 4, 1), (40, 2, 1), (16, 3, 4), (8, None, 8)],
+)
+def test_packed_features_and_gradients_are_the_padded_ones(slots, rows, groups, x64):
     """Rows that stay free, free slots in rows, and neighbours change nothing."""
     tower = transformer(**TEXT, dtype=jnp.float64)
     params, tokens = parameters(tower), texts()
@@ -78,7 +81,8 @@ def test_packed_features_and_gradients_are_the_padded_ones(slots, rows, x64):
     # Texts differ: a wrong order would show.
     apart = np.abs(want[:, None] - want[None]).max(-1) + np.eye(len(want))
     assert apart.min() > 0.1
-    packed = pack(tokens, slots, rows)
+    packed = pack(tokens, slots, rows, groups)
+    assert rows is None or packed.rows == rows
     got, grads = run(tower, params, packed)
     # Two float64 programs; numbers of size 1, gradients up to about 100.
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-10)
@@ -115,7 +119,7 @@ def test_a_text_longer_than_the_towers_context_gives_no_number():
     packed = pack(texts(), 16)
     features, _ = run(tower, parameters(tower), packed)
     # Nor do those that share its row: what is masked is multiplied by 0.
-    row = packed.ends // 16
+    row = packed.ends[0] // 16
     lost = row == row[LENGTHS.index(8)]
     assert 0 < lost.sum() < len(LENGTHS)
     np.testing.assert_array_equal(np.isnan(features).all(1), lost)
@@ -127,6 +131,8 @@ def test_texts_that_do_not_fit_are_told():
         pack(texts(), 7)
     with pytest.raises(InputError, match="rows must hold all texts.*2 rows.*3 are nee"):
         pack(texts(), 11, 2)
+    with pytest.raises(InputError, match="groups must divide.*3 for 8"):
+        pack(texts(), 11, groups=3)
 
 
 def test_a_tower_that_sees_padding_refuses_packed_texts():

@@ -325,6 +325,21 @@ def test_running_a_finished_run_again_trains_nothing_and_prints_the_table(
     assert timeless(workdir) == lines
 
 
+def test_texts_in_fewer_slots_train_alike(make_config, tmp_path, capsys):
+    changes = dict(model__text__context_length=40, total_steps=3)
+    full = train.run(make_config(**changes), tmp_path / "full")
+    for text_length, slots in (("bucket", "16 x 32"), ("pack", "8 x 128")):
+        changes |= dict(data__text_length=text_length)
+        workdir = tmp_path / text_length
+        assert train.run(make_config(**changes), workdir) == full
+        assert f"texts of {slots} slots" in capsys.readouterr().out
+        for a, b in zip(rows(tmp_path / "full"), rows(workdir), strict=True):
+            assert a.keys() == b.keys()
+            for key in a.keys() - set(TIMES):
+                # Sums in another order, and gradients that are divided by their size.
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
+
+
 @pytest.mark.parametrize("step, number", [(3, signal.SIGTERM), (4, signal.SIGINT)])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     whole, make_config, tmp_path, monkeypatch, capsys, step, number

@@ -53,6 +53,9 @@ def default() -> ConfigDict:
     # One prompt a class and step, and each distinct text of a batch encoded once;
     # otherwise one prompt a record, as in the paper.
     c.data.share_prompts = False
+    # Slots a text takes: "full", the tower's context_length; "bucket", the batch's
+    # longest; "pack", several texts share a row. The embeddings are the same.
+    c.data.text_length = "full"
     # > 0: write this many made-up records a source, in its own format, and use those.
     c.data.made_up_records = 0
 

@@ -106,12 +106,13 @@ class StepTimer:
         """
         self._start, self._waited, self._step = time.perf_counter(), 0.0, step
 
-    def next_batch(self, batches: Iterator):
-        """Takes a batch, counting the wait for it."""
-        start = time.perf_counter()
-        batch = next(batches)
-        self._waited += time.perf_counter() - start
-        return batch
+    def timed(self, batches: Iterator) -> Iterator:
+        """Gives the batches on, counting the wait for each."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            self._waited += time.perf_counter() - start
+            yield batch
 
     def lap(self, step: int, batch_size: int) -> dict[str, float]:
         """What was counted since the last lap, or {} if no step was.

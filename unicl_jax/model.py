@@ -146,6 +146,8 @@ class Model:
                 "texts need a text tower that was taught: this is an image tower alone "
                 f'("{self.config["image"]["name"]}"); load a model of both.'
             )
+        from unicl_jax.data.text_length import cut
+
         is_text = isinstance(texts, str) or (
             len(texts) and isinstance(texts[0], str)  # an array of ids has none
         )
@@ -167,6 +169,8 @@ class Model:
                 f"tokens must be in [0, {vocab_size}): got {tokens.min()} to "
                 f"{tokens.max()}; model.tokenize makes them."
             )
+        if self._text.get("causal", False):  # to which padding is nothing
+            tokens = cut(tokens)
         out = self._texts(self.params, self.state, jnp.asarray(tokens, jnp.int32))
         return encoders.unit(out) if normalize else out
 

@@ -72,18 +72,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def global_batch(mesh: Mesh, local: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def global_batch(mesh: Mesh, local: Mapping[str, Any]) -> dict[str, Any]:
     """This process's rows, as its part of global arrays.
 
     Args:
       mesh: the devices.
-      local: host arrays, [local batch, ...] each.
+      local: host arrays, or trees of them, [local batch, ...] each.
 
     Returns:
       The same keys with `jax.Array`s of the global batch, divided over "data".
     """
     sharding = over_batch(mesh)
-    return {
-        key: jax.make_array_from_process_local_data(sharding, value)
-        for key, value in local.items()
-    }
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x), dict(local)
+    )

@@ -60,6 +60,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     config_lib.validate(config, jax.device_count(), jax.process_count())
     objectives.check(config)
     model = encoders.from_config(config.model)
+    text = encoders.text_options(config.model.text)
+    text_length = data.make_text_length(config.data.text_length, text)
     optimizer, schedule = make_optimizer(config.optimizer, config.total_steps)
     workdir = config_lib.prepare_workdir(workdir, config, write=is_first)
     if config.init_from and not has_saved(workdir):
@@ -69,8 +71,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     config = data.with_made_up_records(config, workdir)
     mesh = sharding.make_mesh()
     image_size = config.model.image.image_size
-    text = config.model.text
-    tokenize = data.Tokenizer(text.context_length, text.vocab_size)
+    tokenize = data.Tokenizer(text["context_length"], text["vocab_size"])
     batches = data.make_train_iterator(
         config.data,
         config.data.image_size or image_size,
@@ -86,12 +87,17 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         config.objective, model, mesh, num_concepts=len(concepts)
     )
     compiled_encoders = evaluation.make_encoders(model, mesh, objective, concepts)
+
+    def prompt_tokens(texts):
+        tokens = tokenize(texts)
+        return tokens if config.data.text_length == "full" else data.cut(tokens)
+
     tasks = [
         evaluation.ZeroShotTask(
             name,
             data.make_source(name, task, image_size, train=False),
             data.load_templates(task.templates),
-            tokenize,
+            prompt_tokens,
             compiled_encoders,
         )
         for name, task in config.evaluations.items()
@@ -142,6 +148,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     metrics = Metrics(workdir, first_step, active=is_first)
     progress = ConsoleProgress(config.total_steps, first_step, active=is_first)
     timer, stop = StepTimer(first_step), _StopRequest()
+    ready = data.in_equal_shapes(timer.timed(batches), text_length, mesh)
+    compiled = set()  # shapes of texts that there is a program for
     scores: dict[str, evaluation.Scores] = {}
     pending = None  # the step before: its number, its scalars still on the device
 
@@ -200,14 +208,19 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             if first_step % config.evaluate_every_steps == 0:
                 evaluate(first_step)
         for step in range(first_step + 1, config.total_steps + 1):
-            batch = sharding.global_batch(mesh, timer.next_batch(batches))
+            batch = sharding.global_batch(mesh, next(ready))
             start = time.perf_counter()
-            if step == first_step + 1:
+            slots = jax.tree.leaves(batch["tokens"])[0].shape
+            if is_new := slots not in compiled:
+                compiled.add(slots)
                 progress.status("compiling")
             state, scalars = train_step(state, batch, np.int32(step - 1))
-            if step == first_step + 1:
+            if is_new:
                 jax.block_until_ready(scalars)
-                progress.say(f"compiled in {time.perf_counter() - start:.1f} s")
+                for_slots = f", for texts of {slots[0]} x {slots[1]} slots"
+                for_slots *= text_length is not data.TEXT_LENGTHS["full"]
+                seconds = time.perf_counter() - start
+                progress.say(f"compiled in {seconds:.1f} s{for_slots}")
                 progress.status("training")
                 timer.restart(step)
             write_pending()

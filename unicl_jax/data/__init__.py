@@ -19,6 +19,12 @@ from unicl_jax.data.quickstart import make_quickstart_source
 from unicl_jax.data.records import Source
 from unicl_jax.data.sources import FORMATS as FILE_FORMATS
 from unicl_jax.data.sources import make_file_source
+from unicl_jax.data.text_length import (
+    TEXT_LENGTHS,
+    cut,
+    in_equal_shapes,
+    make_text_length,
+)
 from unicl_jax.data.tokenizer import Tokenizer
 from unicl_jax.errors import choose
 
@@ -30,12 +36,16 @@ FORMATS: dict[str, Callable[..., Source]] = {
 
 __all__ = [
     "FORMATS",
+    "TEXT_LENGTHS",
     "ConceptTable",
     "Source",
     "Tokenizer",
     "TrainIterator",
+    "cut",
+    "in_equal_shapes",
     "load_templates",
     "make_source",
+    "make_text_length",
     "make_train_iterator",
     "with_made_up_records",
 ]
@@ -77,14 +87,14 @@ def make_train_iterator(
     """Opens the sources that a config's `data` section names, and mixes them.
 
     Args:
-      config: `sources`, `mixture`, `templates`, `share_prompts`.
+      config: `sources`, `mixture`, `templates`, `share_prompts`, `text_length`.
       image_size: pixels, square.
       batch_size: global.
       seed: of order, prompts, captions and crops.
       tokenize: texts -> [n, L] int32.
       process_index: of this process.
       process_count: of all.
-      local_devices: of this process, over which token rows must divide.
+      local_devices: of this process, over which token rows are divided.
 
     Returns:
       The iterator over this process's rows, at step 0.
@@ -111,7 +121,8 @@ def make_train_iterator(
         share_prompts=config["share_prompts"],
         process_index=process_index,
         process_count=process_count,
-        text_multiple=local_devices,
+        devices=local_devices,
+        text_length=config["text_length"],
     )
 
 

@@ -12,8 +12,9 @@ from unicl_jax.data.concepts import ConceptTable
 from unicl_jax.data.prompts import fill
 from unicl_jax.data.records import NO_LABEL, Request, Source
 from unicl_jax.data.sampler import Plan, Sampler, SourceInfo, hash_bits
+from unicl_jax.data.text_length import TEXT_LENGTHS
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 CACHED_TEXTS = 1 << 16  # 20 MB of tokens at 77 slots
 
 
@@ -26,7 +27,8 @@ class TrainIterator:
     A batch is a dict of `image` [b, H, W, 3] uint8, `label` [b] int32 (concepts, or
     NO_LABEL) and `tokens` [b, L] int32. With `share_prompts` there are only as many
     rows of tokens as distinct texts may need, and `text_index` [b] int32 tells which
-    is row i's: `tokens[text_index[i]]`.
+    is row i's: `tokens[text_index[i]]`. With `text_length="pack"` the tokens are
+    `encoders.Packed`, a group of them for each device.
     """
 
     def __init__(
@@ -43,7 +45,8 @@ class TrainIterator:
         share_prompts: bool = False,
         process_index: int = 0,
         process_count: int = 1,
-        text_multiple: int = 1,
+        devices: int = 1,
+        text_length: str = "full",
         prefetch: int = 2,
     ):
         """Plans the run; nothing is read until the first batch is asked for.
@@ -61,8 +64,9 @@ class TrainIterator:
             give each distinct text of a batch once; for a single process.
           process_index: of this process.
           process_count: of all.
-          text_multiple: the number of token rows is rounded up to a multiple of this
-            (the devices they are spread over).
+          devices: of this process, over which token rows are divided; their number
+            is rounded up to a multiple.
+          text_length: a key of `text_length.TEXT_LENGTHS`.
           prefetch: batches read ahead.
         """
         self.sources, self.concepts, self._prefetch = tuple(sources), concepts, prefetch
@@ -83,7 +87,8 @@ class TrainIterator:
         self._plan = functools.lru_cache(8)(self.sampler.plan)
         self._rows = slice(process_index * local, (process_index + 1) * local)
         slots = min(local, self._most_texts()) if share_prompts else local
-        self.text_slots = -(-slots // text_multiple) * text_multiple
+        self.text_slots = -(-slots // devices) * devices
+        self._devices, self._text_length = devices, TEXT_LENGTHS[text_length]
         self._token_cache: dict[str, np.ndarray] = {}
         self._step, self._queue, self._stop = 0, None, threading.Event()
         self._worker = None
@@ -206,7 +211,8 @@ class TrainIterator:
             batch["text_index"] = np.array([index[text] for text in texts], np.int32)
             texts = list(index)
             texts += texts[:1] * (self.text_slots - len(texts))
-        return batch | dict(tokens=self._tokens(texts))
+        tokens = self._text_length.prepare(self._tokens(texts), self._devices)
+        return batch | dict(tokens=tokens)
 
     def _tokens(self, texts) -> np.ndarray:
         """Tokenises, remembering texts: prompts and captions come back every epoch."""

@@ -88,7 +88,11 @@ class TextTransformer(nn.Module):
             end = tokens.argmax(1)
             x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         else:
-            x = x.reshape(-1, self.width)[packed.ends]
+            # By groups, each of which a device holds whole: nothing travels.
+            groups = len(packed.ends)
+            x = x.reshape(groups, -1, self.width)
+            x = jnp.take_along_axis(x, packed.ends[:, :, None], axis=1)
+            x = x.reshape(-1, self.width)
         x = layer_norm(self.eps, self.dtype, "ln_final")(x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
