@@ -19,13 +19,19 @@ TEMPLATES = ("{}", "a {}", "a drawing of a {}.")
 LENGTH = 40  # bytes of a text
 
 
-def tokenize(texts):
+class Bytes:
     """Bytes as tokens, so that a test can read them back."""
-    rows = np.zeros((len(texts), LENGTH), np.int32)
-    for row, text in zip(rows, texts, strict=True):
-        encoded = text.encode()
-        row[: len(encoded)] = list(encoded)
-    return rows
+
+    def __call__(self, texts):
+        rows = np.zeros((len(texts), LENGTH), np.int32)
+        for row, text in zip(rows, texts, strict=True):
+            encoded = text.encode()[:LENGTH]
+            row[: len(encoded)] = list(encoded)
+        return rows
+
+    def cut(self, texts, rows):
+        del rows
+        return np.array([len(text.encode()) > LENGTH for text in texts])
 
 
 def texts_of(batch):
@@ -72,7 +78,7 @@ def make_iterator(sources=None, **options):
         {s.name: s.class_names for s in sources if s.class_names}
     )
     options = {"batch_size": 32, "mixture": "balanced", "seed": 0, **options}
-    return TrainIterator(sources, concepts, TEMPLATES, tokenize, **options)
+    return TrainIterator(sources, concepts, TEMPLATES, Bytes(), **options)
 
 
 @pytest.fixture
@@ -176,6 +182,17 @@ def test_without_sharing_each_row_has_its_own_tokens(opened):
     assert next(opened())["tokens"].shape == (32, LENGTH)
     part = opened(process_index=1, process_count=4)
     assert next(part)["tokens"].shape == (8, LENGTH)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_the_share_of_texts_that_were_cut_is_told_by_step(opened, share_prompts):
+    texts = [(("long " * 20 if i % 2 else "short ") + str(i),) for i in range(40)]
+    sources = [ArraySource("captions", pictures(40, 0), texts=texts)]
+    options = dict(mixture="proportional", share_prompts=share_prompts)
+    iterator = opened(sources, **options)
+    for step in range(1, 12):
+        record = [record_of(image)[1] for image in next(iterator)["image"]]
+        assert iterator.texts_cut(step) == np.mean([i % 2 for i in record])
 
 
 # --- The same on any number of processes, from any step on.

@@ -278,8 +278,9 @@ def test_two_processes_train_as_one_with_the_same_devices(folder):
     for code, _, err in ends:
         assert code == 0, err
     assert "step 5/6" in ends[0][1]
-    said = [line for line in ends[1][1].splitlines() if not line.startswith("[Gloo]")]
-    assert said == []  # one process talks
+    # One process talks; Gloo does in each, from threads that cut each other's lines.
+    gloo = re.compile(r"Gloo|peer ranks|^\s*$")
+    assert [line for line in ends[1][1].splitlines() if not gloo.search(line)] == []
     code, _, err = Command(folder, "short", "one", devices=4).end()
     assert code == 0, err
     two, one = rows(folder / "two"), rows(folder / "one")

@@ -102,6 +102,13 @@ def test_a_text_that_just_fits_is_not_truncated():
     assert row.tolist() == [49406, 2368, 2368, 2368, 49407]
 
 
+def test_what_is_truncated_is_told_from_what_just_fits():
+    tokenize = Tokenizer(context_length=5)
+    texts = ["cat cat cat", "cat " * 4, "", "x" * 3000, "cat"]
+    is_cut = tokenize.cut(texts, tokenize(texts))
+    assert is_cut.tolist() == [False, True, False, True, False]
+
+
 @pytest.mark.parametrize("text", ["<end_of_text>", "a <END_OF_TEXT> b"])
 def test_marker_strings_become_the_markers(full, text):
     assert full.eot in full.encode(text)

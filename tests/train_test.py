@@ -215,6 +215,7 @@ def test_every_step_is_logged_with_every_scalar(whole):
         "update_norm",
         "epochs/labelled",
         "epochs/captioned",
+        "texts_cut",
     }
     for row in steps:
         assert named <= row.keys()

@@ -7,6 +7,7 @@ v = model.encode_text(["a cat", "a dog"])
 probabilities = jax.nn.softmax(model.logit_scale * u @ v.T)
 """
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ class Model:
       image_size: pixels of a side of what `encode_image` takes.
       embed_dim: D, width of the embeddings; of an image tower alone, its features'.
       logit_scale: s, the multiplier of products of embeddings.
+      texts_cut: how many texts so far were too long, and lost their tails.
       has_own_head: whether images are embedded by more than tower and projection.
     """
 
@@ -68,7 +70,7 @@ class Model:
             the objective it was trained for has a way of its own; None: the towers'.
           logit_scale: s, where it is not the towers' own.
         """
-        self.has_own_head = encode_image is not None
+        self.has_own_head, self.texts_cut = encode_image is not None, 0
         self.config = dict(found.model)
         self.params, self.state = jax.tree.map(jnp.asarray, found[1:])
         image = self.config["image"]
@@ -178,7 +180,8 @@ class Model:
         """Texts to token ids.
 
         Args:
-          texts: one or B strings. What is too long is cut, its end-of-text kept.
+          texts: one or B strings. What is too long is cut, its end-of-text kept, and
+            counted in `texts_cut`.
 
         Returns:
           [B, context_length] int32.
@@ -186,8 +189,6 @@ class Model:
         Raises:
           InputError: if there is no text tower, or a text is empty.
         """
-        from unicl_jax.data.tokenizer import Tokenizer
-
         if self._text is None:
             raise InputError(
                 "tokens need a text tower: this is an image tower alone; load a model "
@@ -200,7 +201,15 @@ class Model:
                 f"texts must not be empty: got {texts[empty[0]]!r} at index "
                 f"{empty[0]}; leave it out."
             )
-        return Tokenizer(self._text["context_length"], self._text["vocab_size"])(texts)
+        tokens = self._tokenizer(texts)
+        self.texts_cut += int(self._tokenizer.cut(texts, tokens).sum())
+        return tokens
+
+    @functools.cached_property
+    def _tokenizer(self):
+        from unicl_jax.data.tokenizer import Tokenizer
+
+        return Tokenizer(self._text["context_length"], self._text["vocab_size"])
 
     def preprocess(self, pictures) -> np.ndarray:
         """Pictures to the pixels that `encode_image` takes.

@@ -171,6 +171,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             scalars = {k: float(v) for k, v in scalars.items()}
             scalars |= timer.lap(step, config.batch_size)
             scalars |= {f"skipped/{k}": v for k, v in batches.skipped().items()}
+            scalars["texts_cut"] = batches.texts_cut(step)
             epochs = batches.sampler.epochs(step)
             scalars |= {f"epochs/{k}": v for k, v in epochs.items()}
             metrics.write(step, scalars)
@@ -210,17 +211,17 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         for step in range(first_step + 1, config.total_steps + 1):
             batch = sharding.global_batch(mesh, next(ready))
             start = time.perf_counter()
-            slots = jax.tree.leaves(batch["tokens"])[0].shape
-            if is_new := slots not in compiled:
-                compiled.add(slots)
+            shape = jax.tree.leaves(batch["tokens"])[0].shape
+            if is_new := shape not in compiled:
+                compiled.add(shape)
                 progress.status("compiling")
             state, scalars = train_step(state, batch, np.int32(step - 1))
             if is_new:
                 jax.block_until_ready(scalars)
-                for_slots = f", for texts of {slots[0]} x {slots[1]} slots"
-                for_slots *= text_length is not data.TEXT_LENGTHS["full"]
-                seconds = time.perf_counter() - start
-                progress.say(f"compiled in {seconds:.1f} s{for_slots}")
+                said = f"compiled in {time.perf_counter() - start:.1f} s"
+                if config.data.text_length != "full":
+                    said += f", for texts of {shape[0]} x {shape[1]} slots"
+                progress.say(said)
                 progress.status("training")
                 timer.restart(step)
             write_pending()

@@ -15,7 +15,9 @@ from unicl_jax.data.sampler import Plan, Sampler, SourceInfo, hash_bits
 from unicl_jax.data.text_length import TEXT_LENGTHS
 
 Batch = dict[str, Any]
+Tokenize = Callable[[Sequence[str]], np.ndarray]
 CACHED_TEXTS = 1 << 16  # 20 MB of tokens at 77 slots
+KEPT = 64  # batches whose figures can be asked for, those read ahead among them
 
 
 class TrainIterator:
@@ -36,7 +38,7 @@ class TrainIterator:
         sources: Sequence[Source],
         concepts: ConceptTable,
         templates: Sequence[str],
-        tokenize: Callable[[Sequence[str]], np.ndarray],
+        tokenize: Tokenize,
         *,
         batch_size: int,
         mixture: str,
@@ -55,7 +57,7 @@ class TrainIterator:
           sources: where records come from.
           concepts: the concept of each source's classes.
           templates: prompts for class names; one is drawn for each record.
-          tokenize: texts -> [n, L] int32.
+          tokenize: texts -> [n, L] int32; a `Tokenizer`, or what has a `cut` as it has.
           batch_size: global; divisible by process_count.
           mixture: a key of `sampler.MIXTURES`.
           seed: of order, prompts, captions and crops.
@@ -89,7 +91,8 @@ class TrainIterator:
         slots = min(local, self._most_texts()) if share_prompts else local
         self.text_slots = -(-slots // devices) * devices
         self._devices, self._text_length = devices, TEXT_LENGTHS[text_length]
-        self._token_cache: dict[str, np.ndarray] = {}
+        self._token_cache: dict[str, tuple[np.ndarray, bool]] = {}
+        self._cut: dict[int, float] = {}  # of the last batches, by step
         self._step, self._queue, self._stop = 0, None, threading.Event()
         self._worker = None
 
@@ -117,6 +120,17 @@ class TrainIterator:
             for source in self.sources
             for reason, count in source.skipped.items()
         }
+
+    def texts_cut(self, step: int) -> float:
+        """Share of texts that were too long and lost their tails, in this process.
+
+        Args:
+          step: of the training: 1 is the first. One of the last few that were read.
+
+        Returns:
+          In [0, 1].
+        """
+        return self._cut[step]
 
     def __iter__(self):
         """Returns itself; the batches never end."""
@@ -206,21 +220,28 @@ class TrainIterator:
                 ):
                     texts[place] = captions[seed % len(captions)]
         batch = dict(image=images, label=labels)
+        tokens, is_cut = self._tokens(texts)
+        self._cut[step + 1] = is_cut.mean()
+        self._cut.pop(step + 1 - KEPT, None)
         if self._share_prompts:
             index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
             batch["text_index"] = np.array([index[text] for text in texts], np.int32)
             texts = list(index)
             texts += texts[:1] * (self.text_slots - len(texts))
-        tokens = self._text_length.prepare(self._tokens(texts), self._devices)
+            tokens, _ = self._tokens(texts)
+        tokens = self._text_length.prepare(tokens, self._devices)
         return batch | dict(tokens=tokens)
 
-    def _tokens(self, texts) -> np.ndarray:
-        """Tokenises, remembering texts: prompts and captions come back every epoch."""
+    def _tokens(self, texts) -> tuple[np.ndarray, np.ndarray]:
+        """Rows, and which were cut; prompts and captions come back every epoch."""
         cache = self._token_cache
         new = [text for text in dict.fromkeys(texts) if text not in cache]
         if len(cache) + len(new) > CACHED_TEXTS:
             cache.clear()
             new = list(dict.fromkeys(texts))
         if new:
-            cache.update(zip(new, self._tokenize(new), strict=True))
-        return np.stack([cache[text] for text in texts])
+            rows = self._tokenize(new)
+            known = zip(rows, self._tokenize.cut(new, rows), strict=True)
+            cache.update(zip(new, known, strict=True))
+        rows, is_cut = zip(*(cache[text] for text in texts), strict=True)
+        return np.stack(rows), np.array(is_cut)

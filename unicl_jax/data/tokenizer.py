@@ -137,6 +137,22 @@ class Tokenizer:
             rows.append([self.sot, *ids, *padding[len(ids) + 1 :]])
         return np.array(rows, np.int32).reshape(len(rows), self.context_length)
 
+    def cut(self, texts: Sequence[str], rows: np.ndarray) -> np.ndarray:
+        """Which texts were too long, and lost their tails.
+
+        Args:
+          texts: N of them.
+          rows: [N, context_length], what calling the tokenizer made of them.
+
+        Returns:
+          [N] bool.
+        """
+        limit = self.context_length - 2
+        is_cut = rows[:, -2] != self.eot  # or it just fits
+        for index in np.flatnonzero(is_cut):
+            is_cut[index] = len(self._text_ids(texts[index], limit + 1)) > limit
+        return is_cut
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text, all of them and without SOT and EOT.
 
