@@ -14,6 +14,7 @@ from unicl_jax.augment import (
     make_views,
     normalize,
 )
+from unicl_jax.errors import InputError
 
 NONE = dict(crop=1.0, shift=0, flip=False, color=0.0, grayscale=0.0, blur=0.0)
 ALL = dict(crop=0.5, shift=2, flip=True, color=0.3, grayscale=0.3, blur=1.0)
@@ -41,6 +42,18 @@ def test_normalizing_uses_the_statistics_of_imagenet():
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=1e-6)  # values to 2.6, in float32
     np.testing.assert_array_equal(normalize(images.astype("f4")), got)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_clips_statistics_are_an_option_of_every_view(views):
+    images, mean = pictures(), [0.48145466, 0.4578275, 0.40821073]
+    want = (images / 255 - mean) / [0.26862954, 0.26130258, 0.27577711]
+    np.testing.assert_allclose(normalize(images, "clip"), want, atol=1e-6)
+    made = make_views(NONE, {}, views=views, normalization="clip")(KEY, images)
+    for view in range(views):
+        np.testing.assert_allclose(made.images[:, view], want, atol=1e-6)
+    with pytest.raises(InputError, match='model.normalization.*"clip"'):
+        normalize(images, "clp")
 
 
 def test_without_augmentation_it_is_normalizing():

@@ -21,13 +21,13 @@ from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console
 
+from unicl_jax import augment, train
 from unicl_jax import config as config_lib
-from unicl_jax import train
 from unicl_jax.analysis.end_of_run import evaluation_table
 from unicl_jax.checkpoint import NotSaved
 from unicl_jax.data import sampler
 from unicl_jax.errors import InputError
-from unicl_jax.evaluation import Scores
+from unicl_jax.evaluation import Scores, zero_shot
 
 SIZE, STEPS = 16, 6
 COLOURS = {
@@ -546,6 +546,21 @@ def test_a_checkpoint_of_another_model_is_refused_by_step_and_path(
         InputError, match="checkpoint 6.*must be of this model.*nothing"
     ):
         train.run(config, tmp_path)
+
+
+def test_pixels_are_normalised_as_the_config_says(make_config, tmp_path, monkeypatch):
+    """In training and in evaluation; CLIP's weights expect it."""
+    seen = []
+    for module in (augment, zero_shot):
+
+        def normalize(images, normalization, original=module.normalize):
+            seen.append(normalization)
+            return original(images, normalization)
+
+        monkeypatch.setattr(module, "normalize", normalize)
+    config = make_config(total_steps=3, model__normalization="clip")
+    train.run(config, tmp_path)
+    assert seen == ["clip"] * 2
 
 
 def test_a_run_starts_from_another_ones_towers(whole, make_config, tmp_path, capsys):

@@ -13,9 +13,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from unicl_jax.errors import choose
+
 # UniCL normalises with ImageNet's statistics, not CLIP's (its release, config.py).
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+# Mean and standard deviation of pixels / 255, by `model.normalization`.
+NORMALIZATIONS = {
+    "imagenet": (MEAN, STD),
+    "clip": (
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),
+}
 
 RATIO = 4 / 3  # most of a crop's longer over its shorter side, torchvision's default
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL turns to grey
@@ -50,16 +61,21 @@ class Views(NamedTuple):
     parameters: jax.Array
 
 
-def normalize(images: jax.Array) -> jax.Array:
+def normalize(images: jax.Array, normalization: str = "imagenet") -> jax.Array:
     """(images / 255 - mean) / std, channel by channel.
 
     Args:
       images: [..., 3] uint8, or float in [0, 255].
+      normalization: a key of NORMALIZATIONS.
 
     Returns:
       [..., 3] float32.
+
+    Raises:
+      InputError: if there is no such normalization.
     """
-    return (images.astype(jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+    mean, std = choose(NORMALIZATIONS, normalization, "model.normalization")
+    return (images.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
 
 
 def make_views(
@@ -68,6 +84,7 @@ def make_views(
     *,
     views: int = 1,
     image_size: int | None = None,
+    normalization: str = "imagenet",
 ) -> Callable[[jax.Array, jax.Array], Views]:
     """Builds the function that makes all views that a step takes of its images.
 
@@ -76,13 +93,14 @@ def make_views(
       others: what differs from it for the views after the first.
       views: how many.
       image_size: see `make_augment`.
+      normalization: see `normalize`.
 
     Returns:
       `make(key, images)`: [B, H, W, 3] uint8 -> Views of [B, views, ...]. The first
       view's draws are those of `make_augment` with the same key.
     """
-    first = make_augment(config, image_size)
-    other = make_augment({**config, **(others or {})}, image_size)
+    first = make_augment(config, image_size, normalization)
+    other = make_augment({**config, **(others or {})}, image_size, normalization)
 
     def make(key, images):
         made = [first(key, images)]
@@ -95,7 +113,7 @@ def make_views(
 
 
 def make_augment(
-    config: Mapping, image_size: int | None = None
+    config: Mapping, image_size: int | None = None, normalization: str = "imagenet"
 ) -> Callable[[jax.Array, jax.Array], Views]:
     """Builds one view's augmentation from a config's `augment` section.
 
@@ -107,6 +125,7 @@ def make_augment(
         channel's gain are drawn from 1 +- color), `grayscale` (probability), `blur`
         (half of the images get a Gaussian of LEAST_BLUR to this many pixels).
       image_size: S, pixels of a side of the result; None: that of the images.
+      normalization: see `normalize`.
 
     Returns:
       `augment(key, images)`: [B, H, W, 3] uint8 -> Views of [B, ...]. Each row's draw
@@ -158,7 +177,7 @@ def make_augment(
             x = _blur(x, sigma)
             done["blur"] = sigma
         parameters = [jnp.asarray(done[name], jnp.float32) for name in PARAMETERS]
-        return Views(normalize(x), jnp.stack(parameters, -1))
+        return Views(normalize(x, normalization), jnp.stack(parameters, -1))
 
     return augment
 

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from unicl_jax.augment import NORMALIZATIONS
 from unicl_jax.errors import InputError, choose, did_you_mean
 
 # Fields that may change between restarts of a run: none of them touches what is learnt.
@@ -44,6 +45,7 @@ def default() -> ConfigDict:
     c.model.embed_dim = 512  # width of the joint space
     c.model.logit_scale_init = 1.0  # theta; the multiplier is exp(theta)
     c.model.logit_scale_max = placeholder(float)  # cap of theta; None: no cap
+    c.model.normalization = "imagenet"  # or "clip": of pixels, for CLIP's weights
     c.model.dtype = "float32"  # or "bfloat16": of the towers' arithmetic
 
     c.data = ConfigDict()
@@ -242,6 +244,7 @@ def _check_views(config):
             fits = type(value) is kind or (kind is float and type(value) is int)
             if not fits or not inside(value):
                 raise InputError(f"{section}.{field} must be in {where}: got {value}.")
+    choose(NORMALIZATIONS, config.model.normalization, "model.normalization")
     if config.views == 1 and config.strong_augment:
         raise InputError(
             "strong_augment is of the views after the first: views is 1; set views to "

@@ -86,7 +86,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     objective = objectives.make_objective(
         config.objective, model, mesh, num_concepts=len(concepts)
     )
-    compiled_encoders = evaluation.make_encoders(model, mesh, objective, concepts)
+    normalization = config.model.normalization
+    compiled_encoders = evaluation.make_encoders(
+        model, mesh, objective, concepts, normalization
+    )
 
     def prompt_tokens(texts):
         tokens = tokenize(texts)
@@ -116,6 +119,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 config.strong_augment,
                 views=config.views,
                 image_size=image_size,
+                normalization=normalization,
             ),
             seed=config.seed,
             frozen=config.frozen,

@@ -50,6 +50,7 @@ def make_encoders(
     mesh: Mesh,
     objective: Objective | None = None,
     concepts: Sequence[str] = (),
+    normalization: str = "imagenet",
 ) -> Encoders:
     """Compiles a model for evaluation.
 
@@ -59,15 +60,17 @@ def make_encoders(
       objective: what it was trained for, which may embed images, or stand for
         concepts, in a way of its own.
       concepts: the names of those.
+      normalization: of pixels; a key of `augment.NORMALIZATIONS`.
 
     Returns:
       The encoders: of uint8 images [n, H, W, 3], and of tokens [n, L].
     """
 
     def image(params, state, images):
+        images = normalize(images, normalization)
         if objective is not None and objective.encode_image is not None:
-            return objective.encode_image(params, state, normalize(images))
-        return model.encode_image(params, state, normalize(images))[0]
+            return objective.encode_image(params, state, images)
+        return model.encode_image(params, state, images)[0]
 
     def text(params, state, tokens):
         return model.encode_text(params, state, tokens)[0]
