@@ -9,6 +9,7 @@ import numpy as np
 from unicl_jax import encoders
 from unicl_jax.encoders.weights.clip import HF, OPENAI
 from unicl_jax.encoders.weights.layout import Layout, join_tree, split_tree
+from unicl_jax.encoders.weights.resize import SIZES, resized
 from unicl_jax.encoders.weights.timm import RESNET_BACKBONE, SWIN_BACKBONE
 from unicl_jax.encoders.weights.unicl import UNICL
 from unicl_jax.errors import InputError, choose
@@ -70,7 +71,9 @@ def from_arrays(
       arrays: by name.
       layout: a key of LAYOUTS; None: told from the names.
       **changes: `image` and `text`: options of the towers that shapes don't tell, as
-        `text={"num_heads": 4}`; others of the `model` section.
+        `text={"num_heads": 4}`, or other sizes, as `image={"image_size": 384,
+        "window_size": 12}`, to which learned positions are then resized; others of the
+        `model` section.
 
     Returns:
       The weights, on the host, in the arrays' dtypes.
@@ -81,7 +84,7 @@ def from_arrays(
     family = choose(LAYOUTS, layout, "layout") if layout else layout_of(arrays)
     arrays = family.canonical(arrays)
     try:
-        model = family.model(arrays)
+        own = family.model(arrays)
     except (IndexError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, InputError):
             raise
@@ -94,10 +97,17 @@ def from_arrays(
             f"weights in the {family.name} layout must hold {error}: it is not "
             "there; get the file again."
         ) from error
-    model = merged(model, changes)
-    params, state = shapes(model)
-    tree = join_tree(family, arrays, {"params": params, "state": state})
-    return Weights(model, tree["params"], tree["state"])
+    model = merged(own, changes)
+    wanted, state = shapes(model)
+    sizes = {
+        tower: {name: own[tower][name] for name in names if name in own[tower]}
+        for tower, names in SIZES.items()
+        if tower in own
+    }
+    native = merged(model, sizes)
+    there = wanted if native == model else shapes(native)[0]
+    tree = join_tree(family, arrays, {"params": there, "state": state})
+    return Weights(model, resized(tree["params"], wanted), tree["state"])
 
 
 def merged(model: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
