@@ -136,7 +136,7 @@ def test_a_layout_has_place_for_its_own_kind_of_text_tower(release):
     found = from_arrays(release)
     other = Weights({**found.model, "text": {"name": "bert"}}, *found[1:])
     with pytest.raises(
-        InputError, match='"transformer" of texts: the model has "bert"'
+        InputError, match='for transformer: .*text tower is "bert".* that: hf_bert'
     ):
         to_arrays(other, "unicl")
 

@@ -36,7 +36,7 @@ def export(
     Args:
       source: as for `model.load`.
       to: the file, `.safetensors` or `.npz`.
-      layout: a key of `encoders.weights.LAYOUTS`; some hold an image tower alone.
+      layout: a key of `encoders.weights.LAYOUTS`; some hold one tower alone.
 
     Returns:
       The largest difference between the features of the model and those of what
@@ -49,20 +49,22 @@ def export(
     """
     loaded = model.load(source)
     family = choose(weights.FITS, layout, "format")
-    config = {k: v for k, v in loaded.config.items() if k not in OF_TRAINING}
-    if not family.text:
-        config = {k: v for k, v in config.items() if k not in ("text", "embed_dim")}
-    elif loaded.has_own_head:
+    alone = set(family.towers) if len(family.towers) == 1 else set()
+    left = {"image", "text", "embed_dim"} - alone if alone else set()
+    config = {k: v for k, v in loaded.config.items() if k not in {*OF_TRAINING, *left}}
+    if not alone and loaded.has_own_head:
         raise InputError(
             f'format "{layout}" has no place for the head that embeds the images of '
             'this run (its objective is "uniclip"); write the image tower alone.'
         )
+    if "text" in config:  # which a reader would guess from the tower's kind
+        config = {"tokenizer": "clip", **config}
     params, state = jax.tree.map(np.asarray, (loaded.params, loaded.state))
     whole = Weights(loaded.config, params, state)
     arrays = weights.to_arrays(whole, layout)
-    write_arrays(to, arrays, {model.ABOUT: json.dumps(config), "format": "pt"})
-    if not family.text:  # the tower of a model of both, by itself
-        parts = ({"image": tree["image"]} for tree in (params, state))
+    write_arrays(to, arrays, {weights.ABOUT: json.dumps(config), "format": "pt"})
+    if alone:  # the tower of a model of both, by itself
+        parts = ({name: tree[name] for name in alone} for tree in (params, state))
         loaded = model.Model(Weights(config, *parts))
     return _difference(loaded, model.load(to)), weights.untold(whole, layout)
 
@@ -71,8 +73,10 @@ def _difference(one, other):
     """The largest of two models' raw features, over random images and texts."""
     rng = np.random.default_rng(0)
     size, text = one.image_size, one.config.get("text")
-    images = rng.integers(0, 256, (4, size, size, 3), dtype=np.uint8)
-    features = [[m.encode_image(images, normalize=False) for m in (one, other)]]
+    features = []
+    if size is not None:
+        images = rng.integers(0, 256, (4, size, size, 3), dtype=np.uint8)
+        features.append([m.encode_image(images, normalize=False) for m in (one, other)])
     if text is not None:
         shape = (4, text["context_length"])
         tokens = rng.integers(1, text["vocab_size"] - 2, shape, dtype=np.int32)

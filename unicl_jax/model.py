@@ -9,7 +9,7 @@ probabilities = jax.nn.softmax(model.logit_scale * u @ v.T)
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,7 @@ from jax import lax
 from unicl_jax import augment, encoders
 from unicl_jax.encoders import weights
 from unicl_jax.encoders.weights import Weights
-from unicl_jax.encoders.weights.files import read_arrays
 from unicl_jax.errors import InputError, choose, did_you_mean
-
-ABOUT = "unicl_jax.model"  # where a file that we wrote says what its model is
 
 # mean and standard deviation of pixels / 255.
 NORMALIZATIONS = {
@@ -54,8 +51,9 @@ class Model:
       config: what it is: a config's `model` section, as a dict.
       params: of the towers.
       state: of the towers: batch norm's statistics, or empty dicts.
-      image_size: pixels of a side of what `encode_image` takes.
-      embed_dim: D, width of the embeddings; of an image tower alone, its features'.
+      image_size: pixels of a side of what `encode_image` takes; None without an image
+        tower.
+      embed_dim: D, width of the embeddings; of one tower alone, its features'.
       logit_scale: s, the multiplier of products of embeddings.
       texts_cut: how many texts so far were too long, and lost their tails.
       has_own_head: whether images are embedded by more than tower and projection.
@@ -73,8 +71,8 @@ class Model:
         self.has_own_head, self.texts_cut = encode_image is not None, 0
         self.config = dict(found.model)
         self.params, self.state = jax.tree.map(jnp.asarray, found[1:])
-        image = self.config["image"]
-        self.image_size = image.get("image_size", 224)
+        image = self.config.get("image")
+        self.image_size = image.get("image_size", 224) if image else None
         normalization = self.config.get("normalization", "imagenet")
         choose(NORMALIZATIONS, normalization, "model.normalization")
         self._mean, self._std = NORMALIZATIONS[normalization]
@@ -82,14 +80,16 @@ class Model:
         self._text = None
         if "text" in self.config:
             self._text = encoders.text_options(self.config["text"])
-        if self._text is None:
-            tower = encoders.image_tower(image)
+        if image is None or self._text is None:
+            alone = "text" if image is None else "image"
+            build = encoders.text_tower if image is None else encoders.image_tower
+            tower = build(self.config[alone])
             self.embed_dim, self.logit_scale = tower.width, 1.0
 
-            def features(params, state, images):
-                return tower.apply(params["image"], state["image"], images)[0]
+            def features(params, state, inputs):
+                return tower.apply(params[alone], state[alone], inputs)[0]
 
-            self._image = jax.jit(features)
+            self._image = self._texts = jax.jit(features)
         else:
             two = encoders.from_config({**weights.MODEL, **self.config})
             self.embed_dim = self.config["embed_dim"]
@@ -113,8 +113,9 @@ class Model:
           [B, D] float32.
 
         Raises:
-          InputError: if shape or dtype don't fit.
+          InputError: if there is no image tower, or shape or dtype don't fit.
         """
+        self._needs_image_tower()
         images = jnp.asarray(images)
         size = self.image_size
         floating = jnp.issubdtype(images.dtype, jnp.floating)
@@ -187,12 +188,20 @@ class Model:
           [B, context_length] int32.
 
         Raises:
-          InputError: if there is no text tower, or a text is empty.
+          InputError: if there is no text tower, it has a tokenizer of its own, or a
+            text is empty.
         """
         if self._text is None:
             raise InputError(
                 "tokens need a text tower: this is an image tower alone; load a model "
                 "of both."
+            )
+        tokenizer = self.config.get("tokenizer", "clip")
+        if tokenizer != "clip":
+            raise InputError(
+                "texts for this model must be token ids [B, L] of its own tokenizer "
+                f"({tokenizer}): got strings, for which there is CLIP's alone here; "
+                "make the ids with the model's tokenizer and pass those."
             )
         texts = [texts] if isinstance(texts, str) else list(texts)
         empty = [i for i, text in enumerate(texts) if not text.strip()]
@@ -225,14 +234,22 @@ class Model:
           [B, S, S, 3] uint8.
 
         Raises:
-          InputError: if a file is missing or is no picture.
+          InputError: if there is no image tower, or a file is missing or is no picture.
         """
+        self._needs_image_tower()
         if isinstance(pictures, str | Path) or not isinstance(pictures, Iterable):
             pictures = [pictures]
         size, pct = self.image_size, self._crop_pct
         shorter = int(size / pct) if pct else None
         pixels = [_square(picture, size, shorter) for picture in pictures]
         return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
+
+    def _needs_image_tower(self):
+        if self.image_size is None:
+            raise InputError(
+                "images need an image tower: this is a text tower alone "
+                f'("{self.config["text"]["name"]}"); load a model of both.'
+            )
 
 
 def _projected(features, tower):
@@ -317,12 +334,8 @@ def load(
                     f'"{source}"; leave those out.'
                 )
             return _of_run(path)
-        return _of_hugging_face(path, layout, changes)
-    if path.is_file():
-        arrays, about = read_arrays(path)
-        if ABOUT in about:  # one that we wrote
-            changes = weights.merged(json.loads(about[ABOUT]), changes)
-        return Model(weights.from_arrays(arrays, layout, **changes))
+    if path.exists():
+        return Model(weights.read(path, layout, **changes))
     known = variants()
     if str(source) not in known:
         raise InputError(
@@ -385,31 +398,3 @@ def _picture(config) -> dict[str, float]:
     name = (sources[0].get("preprocess") or {}).get("name")
     whole = sources[0]["format"] in ("npz", "quickstart") or name == "resize"
     return {"crop_pct": 0.0} if whole else {}
-
-
-def _of_hugging_face(folder: Path, layout, changes: Mapping[str, Any]) -> Model:
-    file, about = folder / "model.safetensors", folder / "config.json"
-    if not file.is_file():
-        raise InputError(
-            f'a folder must be a workdir, or hold model.safetensors: "{folder}" is '
-            "neither; name the weights file."
-        )
-    arrays, _ = read_arrays(file)
-    said = {}
-    if about.is_file():
-        try:
-            said = json.loads(about.read_text())
-        except ValueError as error:
-            raise InputError(
-                f'config.json must be JSON: "{about}" is not ({error}); get it again.'
-            ) from error
-    names = {"hidden_act": "activation", "num_attention_heads": "num_heads"}
-    told = {
-        tower: {ours: said[key][theirs] for theirs, ours in names.items()}
-        for tower, key in (("image", "vision_config"), ("text", "text_config"))
-        if isinstance(said.get(key), dict) and names.keys() <= said[key].keys()
-    }
-    for tower, options in changes.items():
-        own = told.get(tower)
-        told[tower] = options if own is None else {**own, **options}
-    return Model(weights.from_arrays(arrays, layout, **told))

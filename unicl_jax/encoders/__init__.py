@@ -51,6 +51,7 @@ __all__ = [
     "pack",
     "resnet",
     "swin",
+    "text_tower",
     "transformer",
     "unit",
     "vit",
@@ -96,6 +97,24 @@ def image_tower(config: Mapping, dtype: str = "float32") -> Encoder:
     """
     return _tower(
         IMAGE_TOWERS, config, "model.image", choose(DTYPES, dtype, "model.dtype")
+    )
+
+
+def text_tower(config: Mapping, dtype: str = "float32") -> Encoder:
+    """Builds the text tower alone that `model.text` describes.
+
+    Args:
+      config: a `name` from the menu and its options.
+      dtype: a key of DTYPES.
+
+    Returns:
+      The encoder.
+
+    Raises:
+      InputError: as `from_config`.
+    """
+    return _tower(
+        TEXT_TOWERS, config, "model.text", choose(DTYPES, dtype, "model.dtype")
     )
 
 

@@ -1,13 +1,18 @@
 """Weights in and out: whose file it is, what model fits it, and both ways of naming."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from unicl_jax import encoders
+from unicl_jax.encoders.weights.bert import BERT
 from unicl_jax.encoders.weights.clip import HF, OPENAI
+from unicl_jax.encoders.weights.files import read_arrays
+from unicl_jax.encoders.weights.folders import read_folder
 from unicl_jax.encoders.weights.layout import Layout, join_tree, split_tree
 from unicl_jax.encoders.weights.resize import SIZES, resized
 from unicl_jax.encoders.weights.timm import RESNET_BACKBONE, SWIN_BACKBONE
@@ -16,10 +21,11 @@ from unicl_jax.errors import InputError, choose
 
 LAYOUTS = {
     layout.name: layout
-    for layout in (UNICL, OPENAI, HF, SWIN_BACKBONE, RESNET_BACKBONE)
+    for layout in (UNICL, OPENAI, HF, SWIN_BACKBONE, RESNET_BACKBONE, BERT)
 }
+ABOUT = "unicl_jax.model"  # where a file that we wrote says what its model is
 
-__all__ = ["LAYOUTS", "Weights", "from_arrays", "layout_of", "to_arrays"]
+__all__ = ["LAYOUTS", "Weights", "from_arrays", "layout_of", "read", "to_arrays"]
 
 
 class Weights(NamedTuple):
@@ -27,14 +33,47 @@ class Weights(NamedTuple):
 
     Attributes:
       model: a config's `model` section, as a dict; without "text" for an image tower
-        alone.
-      params: as the two-tower model's, or {"image": ...} alone.
+        alone, without "image" for a text tower.
+      params: as the two-tower model's, or {"image": ...} or {"text": ...} alone.
       state: the same.
     """
 
     model: dict[str, Any]
     params: Any
     state: Any
+
+
+def read(
+    source: str | Path, layout: str | None = None, **changes: Mapping[str, Any]
+) -> Weights:
+    """Reads a model's weights from a file or a folder; every array is used once.
+
+    `read("bert-base-uncased", text={"context_length": 77}).params["text"]` are those of
+    the text tower "bert", its options `.model["text"]`.
+
+    Args:
+      source: a weights file, or a folder with `model.safetensors` or
+        `pytorch_model.bin` and a `config.json` that says what they don't.
+      layout: a key of LAYOUTS; None: told from the names.
+      **changes: as for `from_arrays`; they go before what the file says of itself.
+
+    Returns:
+      The weights, on the host, in float32 (float64 stays).
+
+    Raises:
+      InputError: if there is no such thing, or no layout or no model fits it.
+    """
+    path, told = Path(source), {}
+    if path.is_dir():
+        path, told = read_folder(path)
+    arrays, about = read_arrays(path)
+    if ABOUT in about:
+        told = json.loads(about[ABOUT])
+    for section, options in changes.items():
+        if section in ("image", "text"):
+            options = {**told.get(section, {}), **options}
+        told[section] = options
+    return from_arrays(arrays, layout, **told)
 
 
 def layout_of(arrays: Mapping[str, np.ndarray]) -> Layout:
@@ -127,9 +166,10 @@ def merged(model: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     for section, options in changes.items():
         if section in ("image", "text"):
             if section not in model:
+                alone = "an image tower" if section == "text" else "a text tower"
                 raise InputError(
                     f"options of a tower must be of one that is there: got {section}="
-                    f"{dict(options)} for an image tower alone; leave them out."
+                    f"{dict(options)} for {alone} alone; leave them out."
                 )
             options = {**model[section], **options}
         found[section] = options
@@ -137,7 +177,7 @@ def merged(model: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def to_arrays(weights: Weights, layout: str) -> dict[str, np.ndarray]:
-    """The arrays of a file in a layout; an image tower's layout takes that alone.
+    """The arrays of a file in a layout; one tower's layout takes that tower alone.
 
     Args:
       weights: of a model.
@@ -150,27 +190,28 @@ def to_arrays(weights: Weights, layout: str) -> dict[str, np.ndarray]:
       InputError: if the layout has no place for the model.
     """
     family = choose(LAYOUTS, layout, "format")
-    fits, model = FITS[layout], weights.model
-    kind = model["image"]["name"]
-    if not kind.startswith(fits.image):
-        others = [name for name, each in FITS.items() if kind.startswith(each.image)]
-        raise InputError(
-            f'format "{layout}" is for {" and ".join(fits.image)}: the model\'s image '
-            f'tower is "{kind}"; formats for that: {", ".join(others) or "none"}.'
-        )
-    parts = PARTS if fits.text else ("image",)
+    towers, model = FITS[layout].towers, weights.model
+    for tower, kinds in towers.items():
+        kind = model.get(tower, {"name": "none"})["name"]
+        if not kind.startswith(kinds):
+            others = [
+                name
+                for name, fits in FITS.items()
+                if kind.startswith(fits.towers.get(tower, ()))
+            ]
+            raise InputError(
+                f'format "{layout}" is for {" and ".join(kinds)}: the model\'s {tower} '
+                f'tower is "{kind}"; formats for that: {", ".join(others) or "none"}.'
+            )
+    parts = PARTS if len(towers) > 1 else tuple(towers)
     params, state = (
         {name: tree[name] for name in parts if name in tree}
         for tree in (weights.params, weights.state)
     )
-    text = model.get("text", {"name": "none"})
-    if fits.text and text["name"] != "transformer":
-        raise InputError(
-            f'format "{layout}" is for a "transformer" of texts: the model has '
-            f'"{text["name"]}"; write its image tower alone, or another format.'
-        )
-    tables = family.tables(encoders.image_options(model["image"]))
-    return split_tree(family, {"params": params, "state": state}) | tables
+    arrays = split_tree(family, {"params": params, "state": state})
+    if "image" in towers:
+        arrays |= family.tables(encoders.image_options(model["image"]))
+    return arrays
 
 
 def untold(weights: Weights, layout: str) -> dict[str, Any]:
@@ -215,17 +256,20 @@ def shapes(model: Mapping[str, Any]) -> tuple[Any, Any]:
     """The parameters and the state that a model has, as shapes.
 
     Args:
-      model: a config's `model` section, with or without "text".
+      model: a config's `model` section, of both towers or one.
 
     Returns:
       (params, state), trees of ShapeDtypeStruct.
     """
     key = jax.random.key(0)
-    if "text" in model:
+    if "text" in model and "image" in model:
         return jax.eval_shape(encoders.from_config({**MODEL, **model}).init, key)
-    tower = encoders.image_tower(model["image"])
+    if "image" in model:
+        name, tower = "image", encoders.image_tower(model["image"])
+    else:
+        name, tower = "text", encoders.text_tower(model["text"])
     params, state = jax.eval_shape(tower.init, key)
-    return {"image": params}, {"image": state}
+    return {name: params}, {name: state}
 
 
 PARTS = ("image", "text", "image_projection", "text_projection", "logit_scale")
@@ -237,14 +281,20 @@ MODEL = {"logit_scale_init": 1.0, "logit_scale_max": None, "dtype": "float32"}
 class _Fits(NamedTuple):
     """Which models a layout's readers make of it."""
 
-    image: tuple[str, ...]  # names of towers start with one of these
-    text: bool  # or an image tower alone
+    image: tuple[str, ...]  # names of towers start with one of these; (): no such tower
+    text: tuple[str, ...]
+
+    @property
+    def towers(self) -> dict[str, tuple[str, ...]]:
+        """Kinds of the towers that there are."""
+        return {name: kinds for name, kinds in self._asdict().items() if kinds}
 
 
 FITS = {
-    "unicl": _Fits(("swin", "focalnet"), True),
-    "openai_clip": _Fits(("vit",), True),
-    "hf_clip": _Fits(("vit",), True),
-    "timm_swin": _Fits(("swin",), False),
-    "timm_resnet": _Fits(("resnet",), False),
+    "unicl": _Fits(("swin", "focalnet"), ("transformer",)),
+    "openai_clip": _Fits(("vit",), ("transformer",)),
+    "hf_clip": _Fits(("vit",), ("transformer",)),
+    "timm_swin": _Fits(("swin",), ()),
+    "timm_resnet": _Fits(("resnet",), ()),
+    "hf_bert": _Fits((), ("bert",)),
 }

@@ -1,0 +1,79 @@
+"""Folders of weights, as hubs hold them: which file, and what is written beside it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unicl_jax.errors import InputError
+
+HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Finds a folder's weights, and what its `config.json` says that they don't.
+
+    Args:
+      folder: of Hugging Face's form.
+
+    Returns:
+      The weights file, and changes for `from_arrays`.
+
+    Raises:
+      InputError: if there are no weights, or they are of a model that is none of ours.
+    """
+    files = [folder / name for name in HUGGING_FACE if (folder / name).is_file()]
+    if not files:
+        raise InputError(
+            f"a folder must be a workdir, or hold {' or '.join(HUGGING_FACE)}: "
+            f'"{folder}" is neither; name the weights file.'
+        )
+    about = folder / "config.json"
+    return files[0], _hugging_face(_read_json(about)) if about.is_file() else {}
+
+
+def _read_json(path):
+    try:
+        said = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(
+            f'{path.name} must be JSON: "{path}" is not ({error}); get it again.'
+        ) from error
+    return said if isinstance(said, dict) else {}
+
+
+# --- Hugging Face's config.json.
+
+
+def _hugging_face(said: Mapping[str, Any]) -> dict[str, Any]:
+    if said.get("model_type") == "bert":
+        return {"text": _bert(said)}
+    names = {"hidden_act": "activation", "num_attention_heads": "num_heads"}
+    return {
+        tower: {ours: said[key][theirs] for theirs, ours in names.items()}
+        for tower, key in (("image", "vision_config"), ("text", "text_config"))
+        if isinstance(said.get(key), dict) and names.keys() <= said[key].keys()
+    }
+
+
+def _bert(said):
+    for name, only in (
+        ("hidden_act", "gelu"),
+        ("position_embedding_type", "absolute"),
+        ("is_decoder", False),
+    ):
+        if said.get(name, only) != only:
+            raise InputError(
+                f"config.json of a BERT must have {name} {json.dumps(only)}, as the "
+                f'tower "bert": got {json.dumps(said[name])}; load another model.'
+            )
+    names = {
+        "num_attention_heads": "num_heads",
+        "layer_norm_eps": "eps",
+        "pad_token_id": "pad_id",
+    }
+    return {
+        ours: said[theirs]
+        for theirs, ours in names.items()
+        if said.get(theirs) is not None
+    }
