@@ -249,7 +249,7 @@ def test_a_source_that_is_not_there_is_told(source, words):
 
 
 def test_folders_that_hold_no_model_are_told(tmp_path, run):
-    with pytest.raises(InputError, match="workdir, or hold model.safetensors or"):
+    with pytest.raises(InputError, match="workdir, or hold model.safetensors, py"):
         unicl_jax.load(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match="must hold the config.json of its run"):

@@ -23,7 +23,7 @@ from unicl_jax.encoders import weights
 from unicl_jax.encoders.weights import Weights
 from unicl_jax.errors import InputError, choose, did_you_mean
 
-# mean and standard deviation of pixels / 255.
+# mean and standard deviation of pixels / 255; a model may have a pair of its own.
 NORMALIZATIONS = {
     "imagenet": (augment.MEAN, augment.STD),
     "clip": (
@@ -74,9 +74,12 @@ class Model:
         image = self.config.get("image")
         self.image_size = image.get("image_size", 224) if image else None
         normalization = self.config.get("normalization", "imagenet")
-        choose(NORMALIZATIONS, normalization, "model.normalization")
-        self._mean, self._std = NORMALIZATIONS[normalization]
-        self._crop_pct = self.config.get("crop_pct", CROP_PCT[normalization])
+        crop_pct = 1.0
+        if isinstance(normalization, str):
+            crop_pct = CROP_PCT.get(normalization)
+            normalization = choose(NORMALIZATIONS, normalization, "model.normalization")
+        self._mean, self._std = normalization
+        self._crop_pct = self.config.get("crop_pct", crop_pct)
         self._text = None
         if "text" in self.config:
             self._text = encoders.text_options(self.config["text"])

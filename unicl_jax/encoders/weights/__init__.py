@@ -52,8 +52,8 @@ def read(
     the text tower "bert", its options `.model["text"]`.
 
     Args:
-      source: a weights file, or a folder with `model.safetensors` or
-        `pytorch_model.bin` and a `config.json` that says what they don't.
+      source: a weights file, or a folder with one as hubs name it (`folders.py`) and
+        the config that says what it doesn't.
       layout: a key of LAYOUTS; None: told from the names.
       **changes: as for `from_arrays`; they go before what the file says of itself.
 

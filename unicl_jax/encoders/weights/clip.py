@@ -1,4 +1,4 @@
-"""CLIP's weights: OpenAI's and open_clip's names, and Hugging Face's.
+"""CLIP's weights: OpenAI's names, which open_clip has too, and Hugging Face's.
 
 Both are a ViT and a causal transformer with eps 1e-5. OpenAI's activation is QuickGELU,
 that of most of open_clip's own models is GELU: the weights don't say which.
@@ -66,11 +66,13 @@ _OPENAI_IMAGE = (
     *LEAVES,
 )
 _OPENAI_TEXT = ((r"^resblocks_", "transformer/resblocks_"), *TEXT, *LEAVES)
+# What DDP puts before all names, and open_clip's CustomTextCLIP before its texts'.
+_OPENAI_OTHERS = ((r"^module\.", ""), (r"^text\.", ""))
 
 
 def _openai_canonical(arrays):
     return {
-        rename(name, ((r"^module\.", ""),)): array
+        rename(name, _OPENAI_OTHERS): array
         for name, array in arrays.items()
         if name.split(".")[-1] not in _NOT_WEIGHTS
     }

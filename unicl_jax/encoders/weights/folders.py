@@ -5,16 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from unicl_jax.encoders.weights import open_clip_config
 from unicl_jax.errors import InputError
 
 HUGGING_FACE = ("model.safetensors", "pytorch_model.bin")
+OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 def read_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Finds a folder's weights, and what its `config.json` says that they don't.
+    """Finds a folder's weights, and what its config says that they don't.
 
     Args:
-      folder: of Hugging Face's form.
+      folder: of open_clip's form, with an `open_clip_config.json`, or of Hugging
+        Face's, with a `config.json`; of both, open_clip's is taken.
 
     Returns:
       The weights file, and changes for `from_arrays`.
@@ -22,14 +25,21 @@ def read_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     Raises:
       InputError: if there are no weights, or they are of a model that is none of ours.
     """
-    files = [folder / name for name in HUGGING_FACE if (folder / name).is_file()]
-    if not files:
-        raise InputError(
-            f"a folder must be a workdir, or hold {' or '.join(HUGGING_FACE)}: "
-            f'"{folder}" is neither; name the weights file.'
-        )
-    about = folder / "config.json"
-    return files[0], _hugging_face(_read_json(about)) if about.is_file() else {}
+    for files, configs in (
+        (OPEN_CLIP, ("open_clip_config.json",)),
+        (HUGGING_FACE, ("config.json", "open_clip_config.json")),
+    ):
+        for file in files:
+            if (folder / file).is_file():
+                there = [name for name in configs if (folder / name).is_file()]
+                told = {}
+                if there:
+                    told = CONFIGS[there[0]](_read_json(folder / there[0]))
+                return folder / file, told
+    raise InputError(
+        f"a folder must be a workdir, or hold {', '.join(HUGGING_FACE + OPEN_CLIP)}: "
+        f'"{folder}" holds none of these; name the weights file.'
+    )
 
 
 def _read_json(path):
@@ -77,3 +87,9 @@ def _bert(said):
         for theirs, ours in names.items()
         if said.get(theirs) is not None
     }
+
+
+CONFIGS = {
+    "open_clip_config.json": open_clip_config.options,
+    "config.json": _hugging_face,
+}
