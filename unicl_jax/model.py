@@ -313,19 +313,22 @@ def load(
 
     Args:
       source: a run's workdir; a weights file (`.safetensors`, `.npz`, `.pth`, `.pt`,
-        `.bin`) in a layout of `encoders.weights.LAYOUTS`; a folder with Hugging Face's
-        `config.json` and `model.safetensors`; or a name in `variants()`, for random
-        weights.
+        `.bin`) in a layout of `encoders.weights.LAYOUTS`; a folder as hubs have it,
+        Hugging Face's (`config.json`, `model.safetensors`) or open_clip's
+        (`open_clip_config.json`, `open_clip_model.safetensors`); or a name in
+        `variants()`, for random weights.
       layout: of a file, if its names should not tell.
       seed: of random weights.
-      **changes: options that a file's shapes don't tell, as `text={"num_heads": 4}`, or
-        of a name's model; a run says all of its own.
+      **changes: options that a file's shapes don't tell, as `text={"num_heads": 4}`;
+        other sizes, to which a file's learned positions are resized, as
+        `image={"image_size": 384, "window_size": 12}`; or options of a name's model. A
+        run says all of its own.
 
     Returns:
-      The model.
+      The model; of a file of one tower, without texts or without images.
 
     Raises:
-      InputError: if there is no such thing, or it is not whole.
+      InputError: if there is no such thing, it is not whole, or sizes don't fit.
     """
     path = Path(source)
     if path.is_dir():
