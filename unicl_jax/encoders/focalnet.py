@@ -7,6 +7,7 @@ own, a norm behind every embedding, the final norm before the mean.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,23 @@ VARIANTS = {
 }
 
 
+def depthwise(
+    width: int, side: int, use_bias: bool, dtype: Dtype, name: str
+) -> nn.Conv:
+    """A convolution a channel, side x side, that keeps the resolution."""
+    return nn.Conv(
+        width,
+        (side, side),
+        padding=side // 2,
+        feature_group_count=width,
+        use_bias=use_bias,
+        kernel_init=uniform_fan_in,
+        bias_init=_uniform(side**2),
+        dtype=dtype,
+        name=name,
+    )
+
+
 class FocalModulation(nn.Module):
     """Each token's query times what its surroundings, near to far, say through gates.
 
@@ -59,29 +77,21 @@ class FocalModulation(nn.Module):
     norm: bool
     normalize: bool
     dtype: Dtype
+    names: tuple[str, str, str] = ("f", "focal_layers", "h")
 
     @nn.compact
     def __call__(self, x):
         """[B, H, W, C] -> the same."""
         width = x.shape[-1]
         linear = functools.partial(Linear, dtype=self.dtype)
-        x = linear(2 * width + self.level + 1, kernel_init=LINEAR_INIT, name="f")(x)
+        split, convolve, combine = self.names
+        x = linear(2 * width + self.level + 1, kernel_init=LINEAR_INIT, name=split)(x)
         query, context, gates = jnp.split(x, (width, 2 * width), axis=-1)
         total = 0
         for k in range(self.level):
             size = FOCAL_FACTOR * k + self.window
-            context = gelu(
-                nn.Conv(
-                    width,
-                    (size, size),
-                    padding=size // 2,
-                    feature_group_count=width,
-                    use_bias=False,
-                    kernel_init=uniform_fan_in,
-                    dtype=self.dtype,
-                    name=f"focal_layers_{k}",
-                )(context)
-            )
+            name = f"{convolve}_{k}"
+            context = gelu(depthwise(width, size, False, self.dtype, name)(context))
             total = total + context * gates[..., k : k + 1]
         everywhere = gelu(context.mean((1, 2), keepdims=True))
         total = total + everywhere * gates[..., self.level :]
@@ -89,7 +99,7 @@ class FocalModulation(nn.Module):
             total = total / (self.level + 1)
         # A 1 x 1 convolution in the original, and started as one.
         bias_init = _uniform(width)
-        h = linear(width, kernel_init=uniform_fan_in, bias_init=bias_init, name="h")
+        h = linear(width, kernel_init=uniform_fan_in, bias_init=bias_init, name=combine)
         x = query * h(total)
         if self.norm:
             x = layer_norm(EPS, self.dtype, "ln")(x)
@@ -160,29 +170,24 @@ class ConvEmbed(nn.Module):
 class FocalNet(nn.Module):
     """The whole tower: patches, four stages (or fewer), norm, mean over tokens."""
 
+    block: Callable[..., nn.Module]  # of level, window, drop_path and name
     embed_dim: int
     depths: tuple[int, ...]
     focal_levels: tuple[int, ...]
     focal_windows: tuple[int, ...]
     patch_size: int
-    mlp_ratio: float
     drop_path: float
     conv_embed: bool
-    layer_scale: float | None
-    post_norm: bool
-    modulation_norm: bool
-    normalize_modulator: bool
-    remat: bool
+    stem_padding: int
     dtype: Dtype
 
     @nn.compact
     def __call__(self, images, train: bool):
         """[B, H, H, 3] float, normalised -> [B, embed_dim 2^(stages - 1)] float32."""
-        block = FocalBlock
-        if self.remat:
-            block = nn.remat(FocalBlock, static_argnums=(2,))
         if self.conv_embed:
-            stem = functools.partial(ConvEmbed, kernel=7, stride=4, padding=2)
+            stem = functools.partial(
+                ConvEmbed, kernel=7, stride=4, padding=self.stem_padding
+            )
             halve = functools.partial(ConvEmbed, kernel=3, stride=2, padding=1)
         else:
             stem = functools.partial(PatchEmbed, self.patch_size)
@@ -193,16 +198,10 @@ class FocalNet(nn.Module):
         rates = np.linspace(0, self.drop_path, sum(self.depths)).tolist()
         for s, depth in enumerate(self.depths):
             for b in range(depth):
-                x = block(
+                x = self.block(
                     self.focal_levels[s],
                     self.focal_windows[s],
-                    self.mlp_ratio,
-                    rates.pop(0),
-                    self.layer_scale,
-                    self.post_norm,
-                    self.modulation_norm,
-                    self.normalize_modulator,
-                    self.dtype,
+                    drop_path=rates.pop(0),
                     name=f"layers_{s}_blocks_{b}",
                 )(x, train)
             if s < len(self.depths) - 1:
@@ -265,6 +264,57 @@ def focalnet(
 
     Source: arXiv 2203.11926, section 3; the authors' release for names, eps and init.
     """
+    block = functools.partial(
+        nn.remat(FocalBlock, static_argnums=(2,)) if remat else FocalBlock,
+        mlp_ratio=mlp_ratio,
+        layer_scale=layer_scale,
+        post_norm=post_norm,
+        modulation_norm=modulation_norm,
+        normalize_modulator=normalize_modulator,
+        dtype=dtype,
+    )
+    return tower(
+        block,
+        embed_dim=embed_dim,
+        depths=depths,
+        focal_levels=focal_levels,
+        focal_windows=focal_windows,
+        image_size=image_size,
+        patch_size=patch_size,
+        drop_path=drop_path,
+        conv_embed=conv_embed,
+        stem_padding=2,
+        dtype=dtype,
+    )
+
+
+def tower(
+    block: Callable[..., nn.Module],
+    *,
+    embed_dim: int,
+    depths: tuple[int, ...],
+    focal_levels: tuple[int, ...],
+    focal_windows: tuple[int, ...],
+    image_size: int,
+    patch_size: int,
+    drop_path: float,
+    conv_embed: bool,
+    stem_padding: int,
+    dtype: Dtype,
+) -> Encoder:
+    """A tower of any focal block.
+
+    Args:
+      block: (level, window, drop_path=, name=) -> a module of (x, train).
+      embed_dim, ..., dtype: as `focalnet`'s.
+      stem_padding: pixels on each side before the stem's convolution.
+
+    Returns:
+      As `focalnet`.
+
+    Raises:
+      InputError: as `focalnet`.
+    """
     if not len(depths) == len(focal_levels) == len(focal_windows):
         raise InputError(
             "depths, focal_levels and focal_windows must name the same stages: got "
@@ -300,19 +350,15 @@ def focalnet(
             )
         resolution //= 2
     module = FocalNet(
+        block,
         embed_dim,
         tuple(depths),
         tuple(focal_levels),
         tuple(focal_windows),
         patch_size,
-        mlp_ratio,
         drop_path,
         conv_embed,
-        layer_scale,
-        post_norm,
-        modulation_norm,
-        normalize_modulator,
-        remat,
+        stem_padding,
         dtype,
     )
     example = jnp.zeros((1, image_size, image_size, 3))
