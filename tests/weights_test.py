@@ -157,7 +157,7 @@ def test_arrays_of_other_shapes_are_told(name, shape, words, release):
 
 def test_an_image_tower_of_nobody_is_told(release):
     arrays = {k: v for k, v in release.items() if "bias_table" not in k}
-    with pytest.raises(InputError, match="Swin or a FocalNet: the image tower's first"):
+    with pytest.raises(InputError, match="K-LITE's Focal: the image tower's first"):
         from_arrays(arrays)
 
 

@@ -183,6 +183,8 @@ class Model:
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
         """Texts to token ids.
 
+        Rows are filled with end-of-text, or with the config's `text_padding`.
+
         Args:
           texts: one or B strings. What is too long is cut, its end-of-text kept, and
             counted in `texts_cut`.
@@ -215,6 +217,10 @@ class Model:
             )
         tokens = self._tokenizer(texts)
         self.texts_cut += int(self._tokenizer.cut(texts, tokens).sum())
+        padding = self.config.get("text_padding")
+        if padding is not None:
+            after = np.arange(tokens.shape[1]) > tokens.argmax(1)[:, None]
+            tokens[after] = padding
         return tokens
 
     @functools.cached_property
@@ -370,6 +376,9 @@ def variants() -> dict[str, dict[str, Any]]:
                 "normalization": "clip",
                 "logit_scale_init": 2.659,
             }
+        if name.startswith("klite_"):  # as of files: `encoders.weights.unicl`
+            text["causal"] = False
+            found[name]["text_padding"] = 0
     return found
 
 

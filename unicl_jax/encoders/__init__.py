@@ -7,12 +7,14 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from unicl_jax.encoders import focalnet as _focalnet
+from unicl_jax.encoders import klite_focal as _klite_focal
 from unicl_jax.encoders import resnet as _resnet
 from unicl_jax.encoders import swin as _swin
 from unicl_jax.encoders import vit as _vit
 from unicl_jax.encoders.bert import bert
 from unicl_jax.encoders.encoder import Encoder
 from unicl_jax.encoders.focalnet import focalnet
+from unicl_jax.encoders.klite_focal import klite_focal
 from unicl_jax.encoders.packing import Packed, pack
 from unicl_jax.encoders.resnet import resnet
 from unicl_jax.encoders.swin import swin
@@ -26,6 +28,10 @@ IMAGE_TOWERS = {
     **{k: functools.partial(swin, **v) for k, v in _swin.VARIANTS.items()},
     "focalnet": focalnet,
     **{k: functools.partial(focalnet, **v) for k, v in _focalnet.VARIANTS.items()},
+    "klite_focal": klite_focal,
+    **{
+        k: functools.partial(klite_focal, **v) for k, v in _klite_focal.VARIANTS.items()
+    },
     "resnet": resnet,
     **{k: functools.partial(resnet, **v) for k, v in _resnet.VARIANTS.items()},
     "vit": vit,
@@ -33,7 +39,7 @@ IMAGE_TOWERS = {
 }
 TEXT_TOWERS = {"transformer": transformer, "bert": bert}
 # Image towers without a size of their own.
-UNNAMED = ("swin", "focalnet", "resnet", "vit")
+UNNAMED = ("swin", "focalnet", "klite_focal", "resnet", "vit")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 __all__ = [
@@ -47,6 +53,7 @@ __all__ = [
     "focalnet",
     "from_config",
     "image_tower",
+    "klite_focal",
     "make_two_tower",
     "pack",
     "resnet",

@@ -291,7 +291,7 @@ class _Fits(NamedTuple):
 
 
 FITS = {
-    "unicl": _Fits(("swin", "focalnet"), ("transformer",)),
+    "unicl": _Fits(("swin", "focalnet", "klite_focal"), ("transformer",)),
     "openai_clip": _Fits(("vit",), ("transformer",)),
     "hf_clip": _Fits(("vit",), ("transformer",)),
     "timm_swin": _Fits(("swin",), ()),

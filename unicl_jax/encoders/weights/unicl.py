@@ -1,4 +1,4 @@
-"""UniCL's releases: Swin or FocalNet, and the method's text transformer.
+"""UniCL's releases: Swin, FocalNet or K-LITE's Focal, and the method's transformer.
 
 Source: microsoft/UniCL at 9983bf8, and the older layouts of ELEVATER and K-LITE.
 """
@@ -8,6 +8,7 @@ import re
 import numpy as np
 
 from unicl_jax.encoders.swin import relative_position_index, shift_mask
+from unicl_jax.encoders.text import PADDING
 from unicl_jax.encoders.weights.layout import (
     Layout,
     convolution,
@@ -36,7 +37,7 @@ OLDER = (
 SWIN = (
     (r"layers_(\d+)_blocks_(\d+)/", r"layers.\1.blocks.\2."),
     (r"layers_(\d+)_downsample/", r"layers.\1.downsample."),
-    (r"focal_layers_(\d+)/", r"focal_layers.\1.0/"),
+    (r"(focal|pool)_layers_(\d+)/", r"\1_layers.\2.0/"),
 )
 TEXT = (
     (r"resblocks_(\d+)/", r"resblocks.\1."),
@@ -48,6 +49,7 @@ _MATMULS = (
     ("patch_embed.proj.weight", None),
     ("downsample.proj.weight", 2),
     ("modulation.h.weight", 1),
+    ("attn.v.weight", 1),
 )
 LEAVES = ((r"/(kernel|scale|embedding)$", ".weight"), (r"/", "."))
 
@@ -78,7 +80,7 @@ def _part(path, axes):
             return same(name)
         if axes == 4:
             return convolution(name)
-        # Convolutions there that are matmuls here: patches, and FocalNet's 1 x 1.
+        # Convolutions there that are matmuls here: patches, and the focal 1 x 1.
         for ending, side in _MATMULS:
             if name.endswith(ending):
                 return patches(name, side)
@@ -133,8 +135,8 @@ def swin_options(arrays, prefix):
     return {**options, "image_size": image_size}
 
 
-def focal_options(arrays, prefix):
-    """The options of `focalnet` that fit the shapes of its weights."""
+def _focal_sizes(arrays, prefix, convolutions):
+    """The options that a FocalNet and K-LITE's tower share, by their shapes."""
     layers = re.escape(prefix) + r"layers\."
     depths = [
         count(arrays, rf"{layers}{s}\.blocks\.(\d+)\.")
@@ -143,22 +145,19 @@ def focal_options(arrays, prefix):
     first = [f"{prefix}layers.{s}.blocks.0." for s in range(len(depths))]
     stem = arrays[f"{prefix}patch_embed.proj.weight"]
     options = {
-        "name": "focalnet",
         "embed_dim": stem.shape[0],
         "depths": tuple(depths),
         "focal_levels": tuple(
-            count(arrays, re.escape(block) + r"modulation\.focal_layers\.(\d+)\.")
+            count(arrays, re.escape(f"{block}{convolutions}.") + r"(\d+)\.")
             for block in first
         ),
         "focal_windows": tuple(
-            arrays[f"{block}modulation.focal_layers.0.0.weight"].shape[2]
-            for block in first
+            arrays[f"{block}{convolutions}.0.0.weight"].shape[2] for block in first
         ),
         "conv_embed": stem.shape[2] == 7,
-        "modulation_norm": f"{first[0]}modulation.ln.weight" in arrays,
         "image_size": 224,
     }
-    if f"{first[0]}gamma_1" in arrays:
+    if any(name.endswith(".gamma_1") for name in arrays):
         options["layer_scale"] = 1e-6  # where it starts: its values are in the file
     if not options["conv_embed"]:
         options["patch_size"] = stem.shape[2]
@@ -168,12 +167,19 @@ def focal_options(arrays, prefix):
 def _image(arrays, prefix):
     block = f"{prefix}layers.0.blocks.0."
     if f"{block}modulation.f.weight" in arrays:
-        return focal_options(arrays, prefix)
+        return {
+            "name": "focalnet",
+            **_focal_sizes(arrays, prefix, "modulation.focal_layers"),
+            "modulation_norm": f"{block}modulation.ln.weight" in arrays,
+        }
+    if f"{block}attn.pre_conv.weight" in arrays:
+        sizes = _focal_sizes(arrays, prefix, "attn.pool_layers")
+        return {"name": "klite_focal", **sizes}
     if f"{block}attn.relative_position_bias_table" in arrays:
         return swin_options(arrays, prefix)
     raise InputError(
-        "weights in the unicl layout must be of a Swin or a FocalNet: the image "
-        "tower's first block has "
+        "weights in the unicl layout must be of a Swin, a FocalNet or K-LITE's Focal: "
+        "the image tower's first block has "
         f"{', '.join(sorted(n for n in arrays if block in n)[:3])}, …; load a model of "
         "one of those."
     )
@@ -181,7 +187,7 @@ def _image(arrays, prefix):
 
 def _model(arrays):
     text = arrays["text_encoder.token_embedding.weight"].shape
-    return {
+    model = {
         "image": _image(arrays, "image_encoder."),
         "text": {
             "name": "transformer",
@@ -193,6 +199,12 @@ def _model(arrays):
         },
         "embed_dim": arrays["image_projection"].shape[1],
     }
+    if model["image"]["name"] == "klite_focal":
+        # No array says so. K-LITE's configs of this tower have AUTOGRESSIVE: false, and
+        # its benchmark fills rows of tokens with the id that this mode masks.
+        model["text"]["causal"] = False
+        model["text_padding"] = PADDING
+    return model
 
 
 def _tables(image):
