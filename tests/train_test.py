@@ -28,6 +28,7 @@ from unicl_jax.checkpoint import NotSaved
 from unicl_jax.data import sampler
 from unicl_jax.errors import InputError
 from unicl_jax.evaluation import Scores, zero_shot
+from unicl_jax.export import export
 
 SIZE, STEPS = 16, 6
 COLOURS = {
@@ -586,6 +587,18 @@ def test_a_run_starts_from_another_ones_towers(whole, make_config, tmp_path, cap
     )
     # Three steps of 1e-3 from there; two seeds' starts are up to 0.06 apart.
     assert 0 < moved.max() < 0.01
+    # From a file that holds that run's model, it is the same start.
+    file = tmp_path / "model.safetensors"
+    export(whole[0], file)
+    config.init_from = str(file)
+    train.run(config, tmp_path / "from_file")
+    assert f"logit_scale from {file}" in capsys.readouterr().out
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        saved_state(tmp_path / "from_file", 3)["params"],
+        ours["params"],
+    )
+    config.init_from = str(whole[0])
     # The same command again goes on from its own checkpoint, not from there.
     train.run(config, tmp_path / "run")
     assert "logit_scale from" not in capsys.readouterr().out
@@ -598,9 +611,8 @@ def saved_state(workdir, step):
 
 
 def test_where_there_is_nothing_to_start_from_it_is_said(whole, make_config, tmp_path):
-    for there in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(InputError, match="workdir of a run that saved:.*holds no"):
-            train.run(make_config(init_from=str(there)), tmp_path / "run")
+    with pytest.raises(InputError, match="workdir of a run that saved.*holds no"):
+        train.run(make_config(init_from=str(tmp_path / "nowhere")), tmp_path / "run")
     other = make_config(init_from=str(whole[0]), model__text__num_layers=2)
     with pytest.raises(InputError, match="must be a run of this model.*nothing there"):
         train.run(other, tmp_path / "other")

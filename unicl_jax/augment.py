@@ -6,7 +6,7 @@ decoding, and the random crops that should see a file's every pixel, happen ther
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -61,12 +61,15 @@ class Views(NamedTuple):
     parameters: jax.Array
 
 
-def normalize(images: jax.Array, normalization: str = "imagenet") -> jax.Array:
+def normalize(
+    images: jax.Array, normalization: str | Sequence[Sequence[float]] = "imagenet"
+) -> jax.Array:
     """(images / 255 - mean) / std, channel by channel.
 
     Args:
       images: [..., 3] uint8, or float in [0, 255].
-      normalization: a key of NORMALIZATIONS.
+      normalization: a key of NORMALIZATIONS, or a mean and a standard deviation of
+        pixels / 255, three numbers each.
 
     Returns:
       [..., 3] float32.
@@ -74,7 +77,9 @@ def normalize(images: jax.Array, normalization: str = "imagenet") -> jax.Array:
     Raises:
       InputError: if there is no such normalization.
     """
-    mean, std = choose(NORMALIZATIONS, normalization, "model.normalization")
+    if isinstance(normalization, str):
+        normalization = choose(NORMALIZATIONS, normalization, "model.normalization")
+    mean, std = normalization
     return (images.astype(jnp.float32) / 255 - jnp.array(mean)) / jnp.array(std)
 
 

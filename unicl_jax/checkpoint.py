@@ -141,7 +141,7 @@ class Checkpoints:
             saved = ocp.StandardCheckpointHandler().metadata(directory).tree["params"]
         except Exception:  # damaged: reading it says how
             return
-        if differ := _differences(saved, params):
+        if differ := differences(saved, params):
             self._give_up()
             raise InputError(
                 f'checkpoint {step} in "{self._directory}" must be of this model: '
@@ -166,13 +166,12 @@ def check_has_saved(workdir: str | Path) -> None:
     """
     if "://" in str(workdir):
         raise InputError(
-            f'init_from must be a directory on this machine: got "{workdir}"; copy '
-            "that run here."
+            f'init_from must be on this machine: got "{workdir}"; copy it here.'
         )
     if not has_saved(workdir):
         raise InputError(
-            f'init_from must be the workdir of a run that saved: "{workdir}" holds no '
-            "checkpoint; train that one first, or leave init_from out."
+            f"init_from must be the workdir of a run that saved, or a weights file: "
+            f'"{workdir}" holds no checkpoint; train that one first, or name another.'
         )
 
 
@@ -207,7 +206,7 @@ def load_towers(
     try:
         saved = ocp.PyTreeCheckpointHandler().metadata(path).tree
         saved = {k: taken(saved[k]) for k in wanted}
-        if differ := _differences(saved, wanted):
+        if differ := differences(saved, wanted):
             raise InputError(
                 f"init_from must be a run of this model: {len(differ)} arrays of "
                 f'"{path}" differ, as {"; ".join(differ[:2])}. Set the model as that '
@@ -283,8 +282,16 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0][:200] if str(error) else repr(error)
 
 
-def _differences(theirs, ours) -> list[str]:
-    """What is not of the same shape in two trees of arrays, a line each."""
+def differences(theirs: Any, ours: Any) -> list[str]:
+    """What is not of the same shape in two trees of arrays.
+
+    Args:
+      theirs: of arrays, or their shapes.
+      ours: the same.
+
+    Returns:
+      A line for each array that one of them lacks, or that has another shape.
+    """
     theirs, ours = _shapes(theirs), _shapes(ours)
     return [
         f"{name}: {theirs.get(name, 'nothing')} there, {ours.get(name, 'nothing')} here"

@@ -34,7 +34,9 @@ def default() -> ConfigDict:
     c.seed = 0  # of parameters, order, prompts, crops and drop path
     c.objective = "unicl"  # a name in objectives.OBJECTIVES
     c.views = 1  # pictures that a step makes of each image; supcon takes 2 or more
-    c.init_from = placeholder(str)  # workdir of a run whose model this one starts from
+    # Where its model starts: a run's workdir, a weights file or folder that
+    # `unicl_jax.load` reads, or several, with commas between them.
+    c.init_from = placeholder(str)
     c.frozen = ()  # parts of the model that don't learn: names in PARTS
     c.batch_size = 4096  # global; divisible by the number of devices
     c.total_steps = placeholder(int)
@@ -272,7 +274,7 @@ def _check_views(config):
         raise InputError(
             "a frozen tower must have learnt before: frozen is "
             f"{tuple(config.frozen)} and init_from is not set; pass "
-            "--config.init_from= and the workdir of a run."
+            "--config.init_from= and the workdir of a run, or a weights file."
         )
 
 

@@ -18,19 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from unicl_jax import augment, encoders
+from unicl_jax import encoders
+from unicl_jax.augment import NORMALIZATIONS
+from unicl_jax.augment import normalize as normalize_pixels
 from unicl_jax.encoders import weights
 from unicl_jax.encoders.weights import Weights
 from unicl_jax.errors import InputError, choose, did_you_mean
 
-# mean and standard deviation of pixels / 255; a model may have a pair of its own.
-NORMALIZATIONS = {
-    "imagenet": (augment.MEAN, augment.STD),
-    "clip": (
-        (0.48145466, 0.4578275, 0.40821073),
-        (0.26862954, 0.26130258, 0.27577711),
-    ),
-}
 # The crop's share of the shorter side, UniCL's and OpenAI's; 0: the whole is squashed.
 CROP_PCT = {"imagenet": 224 / 256, "clip": 1.0}
 
@@ -77,8 +71,8 @@ class Model:
         crop_pct = 1.0
         if isinstance(normalization, str):
             crop_pct = CROP_PCT.get(normalization)
-            normalization = choose(NORMALIZATIONS, normalization, "model.normalization")
-        self._mean, self._std = normalization
+            choose(NORMALIZATIONS, normalization, "model.normalization")
+        self._normalization = normalization
         self._crop_pct = self.config.get("crop_pct", crop_pct)
         self._text = None
         if "text" in self.config:
@@ -130,7 +124,7 @@ class Model:
                 f"got {images.shape} {images.dtype}; model.preprocess makes them so."
             )
         if not floating:
-            images = (images / 255 - jnp.array(self._mean)) / jnp.array(self._std)
+            images = normalize_pixels(images, self._normalization)
         out = self._image(self.params, self.state, images.astype(jnp.float32))
         return encoders.unit(out) if normalize else out
 

@@ -11,16 +11,10 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from unicl_jax import config as config_lib
-from unicl_jax import data, encoders, evaluation, objectives, sharding
+from unicl_jax import data, encoders, evaluation, init_from, objectives, sharding
 from unicl_jax.analysis import end_of_run
 from unicl_jax.augment import make_views
-from unicl_jax.checkpoint import (
-    Checkpoints,
-    NotSaved,
-    check_has_saved,
-    has_saved,
-    load_towers,
-)
+from unicl_jax.checkpoint import Checkpoints, NotSaved, has_saved
 from unicl_jax.metrics import ConsoleProgress, Metrics, StepTimer
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
@@ -64,8 +58,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     text_length = data.make_text_length(config.data.text_length, text)
     optimizer, schedule = make_optimizer(config.optimizer, config.total_steps)
     workdir = config_lib.prepare_workdir(workdir, config, write=is_first)
-    if config.init_from and not has_saved(workdir):
-        check_has_saved(config.init_from)
+    starts = [] if has_saved(workdir) else init_from.read(config, model)
 
     # 2. Data: this process's rows of every batch, and the sets to be scored on.
     config = data.with_made_up_records(config, workdir)
@@ -139,12 +132,11 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     if checkpoints.latest_step() is not None:
         state, data_state = checkpoints.restore(state)
         batches.restore(data_state)
-    elif config.init_from:
-        parts = objectives.taught_by_both(
-            config.objective, config_lib.saved_objective(config.init_from)
-        )
-        state, step = load_towers(config.init_from, state, parts)
-        started_from = f"{', '.join(parts)} from step {step} of {config.init_from}"
+    started_from = []
+    for start in starts:
+        state, said = init_from.apply(start, state)
+        started_from.append(said)
+    del starts  # weights on the host
     first_step = int(state.step)
 
     # 5. The loop. Step n is dispatched, then step n - 1 is written: the host's work
@@ -204,8 +196,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             progress.say(f"finished before, at step {first_step}; evaluating it again")
         elif first_step:
             progress.say(f"going on from step {first_step} of {config.total_steps}")
-        elif config.init_from:
-            progress.say(started_from)
+        for said in started_from:
+            progress.say(said)
         for source, name in batches.concepts.merged:
             progress.say(f'{source}: class "{name}" joins the concept of that name')
         if 0 < first_step < config.total_steps:

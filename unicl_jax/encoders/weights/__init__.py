@@ -226,19 +226,34 @@ def untold(weights: Weights, layout: str) -> dict[str, Any]:
     """
     family = LAYOUTS[layout]
     told = family.model(family.canonical(to_arrays(weights, layout)))
-    found = {}
+    return {name: ours for name, _, ours in different_options(told, weights.model)}
+
+
+def different_options(
+    there: Mapping[str, Any], here: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Where two models' towers are not the same, but for how they learn.
+
+    Args:
+      there: a `model` section, of both towers or one.
+      here: another one, with those towers.
+
+    Returns:
+      (name, value there, value here), as ("text.num_heads", 8, 2); defaults included.
+    """
+    found = []
     for tower, options in (
         ("image", encoders.image_options),
         ("text", encoders.text_options),
     ):
-        if tower not in told:
+        if tower not in there:
             continue
-        theirs, ours = options(told[tower]), options(weights.model[tower])
-        found |= {
-            f"{tower}.{name}": value
+        theirs, ours = options(there[tower]), options(here[tower])
+        found += [
+            (f"{tower}.{name}", theirs.get(name), value)
             for name, value in ours.items()
             if name not in OF_TRAINING and not _equal(theirs.get(name), value)
-        }
+        ]
     return found
 
 

@@ -1,0 +1,148 @@
+"""Where a run starts from: other runs' models, and weights files of any layout."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from unicl_jax import checkpoint, encoders, objectives
+from unicl_jax.config import saved_objective
+from unicl_jax.encoders import weights
+from unicl_jax.encoders.weights.resize import SIZES, resized
+from unicl_jax.errors import InputError
+from unicl_jax.step import TrainState
+
+# Options of towers that arrays don't show and readers guess: the config's word counts.
+GUESSED = ("num_heads", "activation")
+
+
+class Start(NamedTuple):
+    """One of the things that a run starts from.
+
+    Attributes:
+      source: its path.
+      parts: of the model, by name, that are taken from it.
+      params: of a weights file, those parts on the host; None: a run, read later.
+      state: the same.
+    """
+
+    source: str
+    parts: tuple[str, ...]
+    params: Any = None
+    state: Any = None
+
+
+def read(config: Mapping[str, Any], model: encoders.TwoTower) -> list[Start]:
+    """Looks at what `init_from` names; weights files are read and held to the model.
+
+    Args:
+      config: the whole config: `init_from` (paths with commas between them, or None),
+        `model`, `objective`.
+      model: that `config.model` describes.
+
+    Returns:
+      What to start from, in the config's order; where several have a part, the last
+      one's counts.
+
+    Raises:
+      InputError: if there is no such run or file, or it is of another model.
+    """
+    like = jax.eval_shape(model.init, jax.random.key(0))
+    sources = (config["init_from"] or "").split(",")
+    return [_start(source.strip(), config, like) for source in sources if source]
+
+
+def apply(start: Start, state: TrainState) -> tuple[TrainState, str]:
+    """Puts what a run starts from into its first state.
+
+    Args:
+      start: as `read` gives it.
+      state: some of whose model's parameters are replaced; its objective's own, its
+        optimizer and its step stay.
+
+    Returns:
+      The state, and a line that says what was taken from where.
+
+    Raises:
+      InputError: if a run's checkpoint is not whole, or its model is another one.
+    """
+    if start.params is None:
+        state, step = checkpoint.load_towers(start.source, state, start.parts)
+        return state, f"{', '.join(start.parts)} from step {step} of {start.source}"
+
+    def put(array, like):
+        # By parts: on several processes no device has to hold what it does not own.
+        array = np.asarray(array, like.dtype)
+        return jax.make_array_from_callback(
+            like.shape, like.sharding, lambda index: array[index]
+        )
+
+    def replaced(trees, new):
+        old = {name: trees[name] for name in new}
+        return {**trees, **jax.tree.map(put, new, old)}
+
+    params = replaced(state.params, start.params)
+    model_state = replaced(state.model_state, start.state)
+    state = state._replace(params=params, model_state=model_state)
+    return state, f"{', '.join(start.parts)} from {start.source}"
+
+
+def _start(source, config, like):
+    path = Path(source)
+    if path.is_file() or path.is_dir() and not (path / "checkpoints").is_dir():
+        return _of_weights(source, config, like)
+    checkpoint.check_has_saved(source)
+    theirs = saved_objective(source)
+    return Start(source, objectives.taught_by_both(config["objective"], theirs))
+
+
+def _of_weights(source, config, like):
+    found, here = weights.read(source), config["model"]
+    towers = [tower for tower in SIZES if tower in found.model]
+    if differ := _different(found.model, here, towers):
+        raise InputError(
+            f'init_from must be of this model: "{source}" has {"; ".join(differ)}. Set '
+            "config.model as there, or name other weights."
+        )
+    taught = objectives.taught_by_both(config["objective"], "")
+    parts = tuple(part for part in taught if part in found.params)
+    # Of the sizes that the file has: positions are resized below.
+    native = weights.merged(
+        here,
+        {
+            tower: {k: v for k, v in found.model[tower].items() if k in SIZES[tower]}
+            for tower in towers
+        },
+    )
+    params, state, there, its_state, wanted = (
+        {k: tree[k] for k in parts if k in tree}
+        for tree in (*found[1:], *weights.shapes(native), like[0])
+    )
+    if differ := checkpoint.differences((params, state), (there, its_state)):
+        raise InputError(
+            f'init_from must be of this model: {len(differ)} arrays of "{source}" '
+            f"differ, as {'; '.join(differ[:2])}. Set config.model as there, or name "
+            "other weights."
+        )
+    return Start(source, parts, resized(params, wanted), state)
+
+
+def _different(there, here, towers):
+    """What makes of equal shapes another model, a line each."""
+    sizes = {f"{tower}.{name}" for tower in towers for name in SIZES[tower]}
+    given = {f"{tower}.{k}" for tower in towers for k in GUESSED if k in here[tower]}
+    differ = [
+        f"{name} {theirs}, here it is {ours}"
+        for name, theirs, ours in weights.different_options(there, here)
+        if name not in sizes | given
+    ]
+    normalization = there.get("normalization", "imagenet")
+    if "image" in there and normalization != here["normalization"]:
+        differ.append(
+            f"normalization {normalization}, here it is {here['normalization']}"
+        )
+    if "text" in there and there.get("tokenizer", "clip") != "clip":
+        differ.append(f"its own tokenizer ({there['tokenizer']}), and training CLIP's")
+    return differ
