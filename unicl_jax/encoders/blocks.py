@@ -1,11 +1,13 @@
 """The pre-norm transformer block of CLIP's towers, and what masks its attention."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax import lax
 
 from unicl_jax.encoders.layers import (
     DropPath,
@@ -27,7 +29,7 @@ class Block(nn.Module):
     eps: float
     kernel_init: Callable
     dtype: Dtype
-    drop_path: float = 0.0
+    drop_path: float | jax.Array = 0.0
 
     @nn.compact
     def __call__(self, x, bias, train: bool):
@@ -47,6 +49,58 @@ class Block(nn.Module):
             4, self.activation, init, self.dtype, names=("c_fc", "c_proj"), name="mlp"
         )
         return x + drop_path(mlp(layer_norm(self.eps, self.dtype, "ln_2")(x)), train)
+
+
+def run_blocks(
+    tower: nn.Module,
+    make: functools.partial,
+    rates: Sequence[float],
+    x: jax.Array,
+    bias: jax.Array | np.ndarray | None,
+    train: bool,
+    *,
+    remat: bool,
+    scan: bool,
+) -> jax.Array:
+    """Runs a tower's equal blocks one behind another, named `resblocks_0` and so on.
+
+    Args:
+      tower: whose `__call__` this is part of.
+      make: of Block, with all but its drop path.
+      rates: of each block's drop path.
+      x: [B, L, W].
+      bias: of the attention, for every block.
+      train: whether drop path is on.
+      remat: recompute each block in the backward pass instead of keeping it.
+      scan: compile one block, as the body of a loop over all blocks' parameters, which
+        are stacked for it; they are kept a block each, so the tower's parameters are
+        the same. Drop path draws other numbers.
+
+    Returns:
+      [B, L, W].
+    """
+    if not scan or tower.is_initializing():
+        if remat:
+            block = nn.remat(make.func, static_argnums=(3,))
+            make = functools.partial(block, *make.args, **make.keywords)
+        for i, rate in enumerate(rates):
+            x = make(drop_path=rate, name=f"resblocks_{i}")(x, bias, train)
+        return x
+    blocks = [tower.variables["params"][f"resblocks_{i}"] for i in range(len(rates))]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    drawn = keys = None
+    if train and max(rates) > 0:
+        drawn = jnp.array(rates, jnp.float32)
+        keys = jax.random.split(tower.make_rng("drop_path"), len(rates))
+
+    def body(x, of_block):
+        params, rate, key = of_block
+        block = make(drop_path=0.0 if rate is None else rate, parent=None)
+        rngs = {} if key is None else {"drop_path": key}
+        return block.apply({"params": params}, x, bias, train, rngs=rngs), None
+
+    body = jax.checkpoint(body, prevent_cse=False) if remat else body
+    return lax.scan(body, x, (stacked, drawn, keys))[0]
 
 
 def padding_bias(real: jax.Array) -> jax.Array:

@@ -83,17 +83,18 @@ class DropPath(nn.Module):
     Source: stochastic depth, Huang et al., 2016, arXiv 1603.09382, as Swin uses it.
     """
 
-    rate: float
+    rate: float | jax.Array
 
     @nn.compact
     def __call__(self, x, train: bool):
         """[batch, ...] -> [batch, ...]."""
-        if not train or self.rate == 0:
+        # A rate that is traced, in a loop over blocks, is not 0 in all of them.
+        if not train or (isinstance(self.rate, float) and self.rate == 0):
             return x
         keep = 1 - self.rate
         shape = (x.shape[0],) + (1,) * (x.ndim - 1)
         kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, shape)
-        return jnp.where(kept, x / keep, 0)
+        return jnp.where(kept, x / jnp.asarray(keep, x.dtype), 0)
 
 
 def layer_norm(eps: float, dtype: Dtype, name: str | None = None) -> nn.LayerNorm:

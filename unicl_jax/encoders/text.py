@@ -3,6 +3,7 @@
 Letters: B batch, L token slots, W width, h heads.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from unicl_jax.encoders.blocks import Block, padding_bias
+from unicl_jax.encoders.blocks import Block, padding_bias, run_blocks
 from unicl_jax.encoders.encoder import Encoder, from_linen
 from unicl_jax.encoders.layers import ACTIVATIONS, Dtype, layer_norm
 from unicl_jax.encoders.packing import Packed
@@ -32,6 +33,7 @@ class TextTransformer(nn.Module):
     activation: Callable[[jax.Array], jax.Array]
     causal: bool
     remat: bool
+    scan: bool
     dtype: Dtype
 
     @nn.compact
@@ -72,16 +74,11 @@ class TextTransformer(nn.Module):
             segments = packed.segments[:, None]
             own = segments[..., :, None] == segments[..., None, :]
             bias = jnp.where(own, bias, -jnp.inf)
-        block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
-        for i in range(self.num_layers):
-            x = block(
-                self.num_heads,
-                self.activation,
-                self.eps,
-                NORMAL,
-                self.dtype,
-                name=f"resblocks_{i}",
-            )(x, bias, train)
+        block = functools.partial(
+            Block, self.num_heads, self.activation, self.eps, NORMAL, self.dtype
+        )
+        rates, how = [0.0] * self.num_layers, dict(remat=self.remat, scan=self.scan)
+        x = run_blocks(self, block, rates, x, bias, train, **how)
         # End-of-text is the largest id, and argmax takes its first place. Nothing
         # after it is seen through a causal mask, so padding and slots don't matter.
         if packed is None:
@@ -108,6 +105,7 @@ def transformer(
     activation: str = "quick_gelu",
     causal: bool = True,
     remat: bool = False,
+    scan: bool = False,
     dtype: Dtype = jnp.float32,
 ) -> Encoder:
     """The text transformer; the defaults are every released UniCL model's.
@@ -126,6 +124,7 @@ def transformer(
         pads with end-of-text, which is seen; its id 0 is "!" inside a word, which is
         not.
       remat: recompute each block in the backward pass instead of keeping it.
+      scan: compile a loop over the blocks, not each of them; see `docs/models.md`.
       dtype: of the computation; parameters and norms' statistics are float32.
 
     Returns:
@@ -151,6 +150,7 @@ def transformer(
         choose(ACTIVATIONS, activation, "activation"),
         causal,
         remat,
+        scan,
         dtype,
     )
     return from_linen(module, jax.numpy.zeros((1, context_length), jnp.int32), width)

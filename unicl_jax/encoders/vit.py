@@ -5,6 +5,7 @@ CLIP's differences from the original: a norm before the blocks, QuickGELU, no bi
 the patch embedding, and a projection (the two-tower's) instead of a head.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from unicl_jax.encoders.blocks import Block
+from unicl_jax.encoders.blocks import Block, run_blocks
 from unicl_jax.encoders.encoder import Encoder, from_linen
 from unicl_jax.encoders.layers import (
     ACTIVATIONS,
@@ -44,6 +45,7 @@ class VisionTransformer(nn.Module):
     eps: float
     drop_path: float
     remat: bool
+    scan: bool
     dtype: Dtype
 
     @nn.compact
@@ -76,18 +78,17 @@ class VisionTransformer(nn.Module):
         token = jnp.broadcast_to(token, (len(x), 1, self.width))
         x = jnp.concatenate([token, x], axis=1) + position.astype(self.dtype)
         x = layer_norm(self.eps, self.dtype, "ln_pre")(x)
-        block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
+        block = functools.partial(
+            Block,
+            self.num_heads,
+            self.activation,
+            self.eps,
+            uniform_fan_in,
+            self.dtype,
+        )
         rates = np.linspace(0, self.drop_path, self.num_layers).tolist()
-        for i, rate in enumerate(rates):
-            x = block(
-                self.num_heads,
-                self.activation,
-                self.eps,
-                uniform_fan_in,
-                self.dtype,
-                rate,
-                name=f"resblocks_{i}",
-            )(x, None, train)
+        how = dict(remat=self.remat, scan=self.scan)
+        x = run_blocks(self, block, rates, x, None, train, **how)
         x = layer_norm(self.eps, self.dtype, "ln_post")(x[:, 0])
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -103,6 +104,7 @@ def vit(
     eps: float = 1e-5,
     drop_path: float = 0.0,
     remat: bool = False,
+    scan: bool = False,
     dtype: Dtype = jnp.float32,
 ) -> Encoder:
     """A Vision Transformer of any size.
@@ -117,6 +119,7 @@ def vit(
       eps: of the norms.
       drop_path: rate of the last block; rises linearly from 0.
       remat: recompute each block in the backward pass instead of keeping it.
+      scan: compile a loop over the blocks, not each of them; see `docs/models.md`.
       dtype: of the computation; parameters and norms' statistics are float32.
 
     Returns:
@@ -148,6 +151,7 @@ def vit(
         eps,
         drop_path,
         remat,
+        scan,
         dtype,
     )
     return from_linen(module, jnp.zeros((1, image_size, image_size, 3)), width)

@@ -264,7 +264,7 @@ def _equal(a, b):
 
 
 # Options of towers that change how they learn or are computed, not what they are.
-OF_TRAINING = ("drop_path", "init_std", "remat", "dtype", "layer_scale")
+OF_TRAINING = ("drop_path", "init_std", "remat", "scan", "dtype", "layer_scale")
 
 
 def shapes(model: Mapping[str, Any]) -> tuple[Any, Any]:
