@@ -498,18 +498,19 @@ def test_bfloat16_towers_give_unit_float32_embeddings_near_the_float32_ones(name
         (functools.partial(vit, **SMALL_VIT, drop_path=0.5), small_images(16)),
         (functools.partial(transformer, **SMALL_TEXT), small_tokens()),
         (functools.partial(bert, **SMALL_BERT), small_tokens()),
+        (functools.partial(resnet, depths=(1, 1), width=4), small_images(32)),
     ],
-    ids=["swin", "vit", "transformer", "bert"],
+    ids=["swin", "vit", "transformer", "bert", "resnet"],
 )
 def test_recomputing_blocks_changes_neither_features_nor_gradients(make, x):
-    params, _ = start(make())
+    params, state = start(make())
 
     def run(remat):
         tower = make(remat=remat)
 
         def total(params, key):
-            out, _ = tower.apply(params, {}, x, train=True, key=key)
-            return (out * jnp.cos(jnp.arange(tower.width))).sum(), out
+            out, new = tower.apply(params, state, x, train=True, key=key)
+            return (out * jnp.cos(jnp.arange(tower.width))).sum(), (out, new)
 
         return jax.jit(jax.grad(total, has_aux=True))(params, jax.random.key(5))
 
