@@ -352,6 +352,14 @@ QUICKSTART = "--config=configs/quickstart.py"
             (QUICKSTART, "--workdir={}", "--config.model.image.window_size=3"),
             "window_size must divide stage 0's resolution 8",
         ),
+        (
+            (QUICKSTART, "--workdir={}", "--config.model.image.remta=True"),
+            'model.image: "swin" has no option "remta"; did you mean "remat"?',
+        ),
+        (
+            (QUICKSTART, "--workdir={}", "--config.model.image.depths=3"),
+            "model.image.depths must be tuple, as (1, 4) is: got 3.",
+        ),
         ((QUICKSTART, "--workdir={}", "--num_processes=2"), "must be given together"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
@@ -365,6 +373,23 @@ def test_a_mistake_in_the_command_gets_one_line_and_exit_code_2(
     assert len(lines) == 1 and lines[0].startswith("error: ")
     assert said in lines[0]
     assert not workdir.exists()
+
+
+@load_module
+def test_any_option_of_a_tower_can_be_set(command, tmp_path, monkeypatch):
+    """Those that the recipe leaves at their defaults, too."""
+    runs = []
+    monkeypatch.setattr(main.train, "run", lambda config, workdir: runs.append(config))
+    options = ["image.remat=True", "image.name=swin_small", "text.eps=1e-5"]
+    options += ["image.window_size=2", "image.depths=(2,2)", "text.activation=gelu"]
+    flags_given = [f"--config.model.{option}" for option in options]
+    code, lines = command(QUICKSTART, f"--workdir={tmp_path}/run", *flags_given)
+    assert (code, lines) == (0, [])
+    (config,) = runs
+    image, text = config.model.image, config.model.text
+    assert (image.remat, image.name, image.window_size) == (True, "swin_small", 2)
+    assert (image.depths, text.eps, text.activation) == ((2, 2), 1e-5, "gelu")
+    assert config.is_locked and image.is_locked
 
 
 @load_module

@@ -4,6 +4,7 @@ Running the same command again goes on where it was. A variant of a recipe follo
 colon (`configs/swin_tiny.py:debug`); `--config.batch_size=512` overrides a field.
 """
 
+import ast
 import re
 import sys
 from collections.abc import Sequence
@@ -67,6 +68,7 @@ def _say(message, code):
 def _parse(argv):
     """Parses the flags; a wrong one is the user's to mend, not a traceback."""
     app.define_help_flags()
+    argv, options = _without_tower_options(argv)
     # Both --config=x and --config x.
     given = re.search(r"(?:^|\0)--?config[=\0]([^\0]*)", "\0".join(argv))
     recipe = given and given[1]
@@ -87,6 +89,7 @@ def _parse(argv):
                 f'there is no config field "{typo[2]}"; did you mean "{typo[1]}"?'
             ) from error
         message = str(error.args[0] if error.args else error)
+        message = message.strip("'")
         absent = re.search(r"--config\.([\w.]+)", " ".join(argv))
         if isinstance(error, KeyError):
             raise InputError(f'there is no config field "{message}".') from error
@@ -104,6 +107,39 @@ def _parse(argv):
                 f"--{name} must be given, as in: python -m unicl_jax.main "
                 "--config=configs/quickstart.py --workdir=runs/quickstart"
             )
+    _set_tower_options(_CONFIG.value, options)
+
+
+def _without_tower_options(argv):
+    """Takes `--config.model.image.x=y` out, for options that no recipe has to name.
+
+    ml_collections overrides only fields that are there. It looks at `sys.argv` itself.
+    """
+    found, rest = [], []
+    for argument in argv:
+        match = re.fullmatch(
+            r"--?config\.model\.(image|text)\.(\w+)=(.*)", argument, re.DOTALL
+        )
+        found.append(match.groups()) if match else rest.append(argument)
+    sys.argv = [*rest]
+    return rest, found
+
+
+def _set_tower_options(config, options):
+    for tower, name, text in options:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text  # a name
+        try:
+            with config.unlocked():
+                config.model[tower][name] = value
+        except (TypeError, ValueError) as error:
+            there = config.model[tower][name]
+            raise InputError(
+                f"model.{tower}.{name} must be {type(there).__name__}, as {there!r} "
+                f"is: got {text}."
+            ) from error
 
 
 if __name__ == "__main__":
