@@ -78,6 +78,7 @@ def _config(name):
     config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
     with config.unlocked():
         config.evaluations = {}
+        config.data.text_length = "full"  # as the peer, which cannot pack
     return config
 
 

@@ -49,6 +49,7 @@ def get_config(variant: str = "cifar10"):
     )
     config.data.mixture = "proportional"
     config.data.templates = "unicl_81"
+    config.data.text_length = "pack"  # the same embeddings for fewer slots
     config.augment.shift = 4
     config.augment.flip = True
 

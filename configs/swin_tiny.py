@@ -67,6 +67,7 @@ def get_config(variant: str = ""):
     )
     config.data.mixture = "balanced"  # "very important", the authors say
     config.data.templates = "unicl_81"
+    config.data.text_length = "pack"  # the same embeddings for fewer slots
 
     config.optimizer.name = "adamw"  # where there is a Transformer
     config.optimizer.learning_rate = 2e-3

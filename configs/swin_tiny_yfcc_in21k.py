@@ -58,6 +58,7 @@ def get_config(variant: str = ""):
     )
     config.data.mixture = "proportional"  # the standard sampler of section 4.2.2
     config.data.templates = "unicl_81"
+    config.data.text_length = "pack"  # the same embeddings for fewer slots
 
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-3
