@@ -17,43 +17,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks import harness
+from benchmarks import harness, peers
 from benchmarks.harness import Worker, say
 from unicl_jax.host_memory import restart_with_huge_pages
 
 MIN_SAMPLE_SECONDS = 0.2
-SIZE, LENGTH, VOCAB = 224, 77, 49408
 LEARNING_RATE = 1e-4
 MIB = 2**20
-
-# Our name of an image tower, and timm's of the same one.
-IMAGE_PEERS = {
-    "swin_tiny": "swin_tiny_patch4_window7_224",
-    "swin_small": "swin_small_patch4_window7_224",
-    "swin_base": "swin_base_patch4_window7_224",
-    "focalnet_tiny_srf": "focalnet_tiny_srf",
-    "focalnet_small_srf": "focalnet_small_srf",
-    "focalnet_base_srf": "focalnet_base_srf",
-    "resnet50": "resnet50",
-    "resnet101": "resnet101",
-    "vit_b32": "vit_base_patch32_clip_quickgelu_224",
-    "vit_b16": "vit_base_patch16_clip_quickgelu_224",
-    "vit_l14": "vit_large_patch14_clip_quickgelu_224",
-}
 TEXTS = ("transformer", "bert")
-
-
-def inputs(tower, batch_size):
-    """Pictures, channels last, or token ids."""
-    rng = np.random.default_rng(0)
-    if tower in TEXTS:
-        vocab = VOCAB if tower == "transformer" else 30522
-        tokens = rng.integers(1, vocab - 2, (batch_size, LENGTH))
-        tokens[:, -1] = vocab - 1
-        return tokens
-    return rng.normal(size=(batch_size, SIZE, SIZE, 3)).astype(np.float32)
 
 
 class Ours:
@@ -68,11 +39,10 @@ class Ours:
         from unicl_jax import encoders
 
         jax.config.update("jax_enable_compilation_cache", False)
-        factory = {**encoders.IMAGE_TOWERS, **encoders.TEXT_TOWERS}[tower]
-        encoder = factory(dtype=encoders.DTYPES[dtype])
+        encoder = peers.ours(tower)(dtype=encoders.DTYPES[dtype])
         params, state = jax.jit(encoder.init)(jax.random.key(0))
         optimizer = optax.adamw(LEARNING_RATE)
-        self._x = jnp.asarray(inputs(tower, batch_size))
+        self._x = jnp.asarray(peers.inputs(tower, batch_size))
         self._state = (params, state, jax.jit(optimizer.init)(params))
 
         def forward(params, state, x):
@@ -99,12 +69,11 @@ class Ours:
             "compile_forward": middle - start,
             "compile_step": time.perf_counter() - middle,
         }
-        cost = self._forward.cost_analysis() or {}
         self._about = {
             "backend": jax.default_backend(),
             "device_kind": jax.devices()[0].device_kind,
             "parameters": sum(x.size for x in jax.tree.leaves(params)),
-            "forward_flops": cost.get("flops", math.nan) / batch_size,
+            "forward_flops": peers.forward_flops(self._forward, batch_size),
             "temporary_bytes": self._step.memory_analysis().temp_size_in_bytes,
             **self._seconds,
         }
@@ -140,7 +109,7 @@ class Torch:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._dtype = getattr(torch, dtype)
         self._is_text = tower in TEXTS
-        x = inputs(tower, batch_size)
+        x = peers.inputs(tower, batch_size)
         self._x = torch.from_numpy(
             x if self._is_text else x.transpose(0, 3, 1, 2).copy()
         )
@@ -150,19 +119,11 @@ class Torch:
         self._optimizer = torch.optim.AdamW(self._model.parameters(), LEARNING_RATE)
 
     def _make(self, tower):
-        if tower == "transformer":
-            from transformers import CLIPTextConfig, CLIPTextModel
-
-            return CLIPTextModel(CLIPTextConfig(eos_token_id=VOCAB - 1))
         if tower == "bert":
-            from transformers import BertConfig, BertModel
-
-            still = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-            return BertModel(BertConfig(**still), add_pooling_layer=False)
-        import timm
-
-        # Ours drops no paths either; timm's Swin would, a tenth of them.
-        return timm.create_model(IMAGE_PEERS[tower], num_classes=0, drop_path_rate=0.0)
+            return peers.bert_model()
+        if tower == "transformer":
+            return peers.clip_text_model()
+        return peers.timm_model(tower)
 
     def _features(self, x):
         import torch
@@ -305,7 +266,7 @@ def title(found):
 
 def _options(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    names = (*IMAGE_PEERS, *TEXTS)
+    names = (*peers.TIMM, *TEXTS)
     parser.add_argument(
         "--towers", type=lambda text: text.split(","), default=list(names)
     )
