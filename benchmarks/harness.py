@@ -133,7 +133,15 @@ def load(seconds=2.0):
 def versions():
     """Of Python and the libraries compared."""
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in ("jax", "flax", "optax", "torch", "transformers", "open_clip_torch"):
+    for name in (
+        "jax",
+        "flax",
+        "optax",
+        "torch",
+        "timm",
+        "transformers",
+        "open_clip_torch",
+    ):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
