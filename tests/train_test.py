@@ -342,6 +342,27 @@ def test_texts_in_fewer_slots_train_alike(make_config, tmp_path, capsys):
                 assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
 
 
+def test_a_shape_that_is_met_late_is_in_no_steps_time(
+    make_config, tmp_path, monkeypatch
+):
+    def shaped(batches, *_):
+        for step, batch in enumerate(batches, 1):
+            slots = 40 if step == 3 else 32
+            yield batch | dict(tokens=batch["tokens"][:, :slots])
+
+    monkeypatch.setattr(train.data, "in_equal_shapes", shaped)
+    config = make_config(
+        model__text__context_length=40,
+        total_steps=4,
+        evaluations={},
+        checkpoint_every_steps=4,
+    )
+    train.run(config, tmp_path)
+    seconds = {row["step"]: row.get("step_seconds") for row in rows(tmp_path)}
+    assert seconds[1] is seconds[3] is None  # compiled
+    assert seconds[2] > 0 and seconds[4] > 0
+
+
 @pytest.mark.parametrize("step, number", [(3, signal.SIGTERM), (4, signal.SIGINT)])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     whole, make_config, tmp_path, monkeypatch, capsys, step, number
@@ -602,6 +623,20 @@ def test_a_run_starts_from_another_ones_towers(whole, make_config, tmp_path, cap
     # The same command again goes on from its own checkpoint, not from there.
     train.run(config, tmp_path / "run")
     assert "logit_scale from" not in capsys.readouterr().out
+
+
+def test_a_kill_in_the_first_save_does_not_lose_the_start(
+    whole, make_config, tmp_path, capsys
+):
+    config = make_config(total_steps=3, evaluations={}, init_from=str(whole[0]))
+    config_lib.prepare_workdir(tmp_path / "run", config, write=True)
+    (tmp_path / "run/checkpoints/2.orbax-checkpoint-tmp").mkdir(parents=True)
+    train.run(config, tmp_path / "run")
+    assert f"logit_scale from step 6 of {whole[0]}" in capsys.readouterr().out
+    torn = tmp_path / "torn"
+    (torn / "checkpoints/2.orbax-checkpoint-tmp").mkdir(parents=True)
+    with pytest.raises(InputError, match="workdir of a run that saved.*no checkpoint"):
+        train.run(make_config(init_from=str(torn)), tmp_path / "other")
 
 
 def saved_state(workdir, step):

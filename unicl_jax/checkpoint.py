@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from unicl_jax.config import has_saved
 from unicl_jax.errors import InputError
 from unicl_jax.step import TrainState
 
@@ -148,11 +149,6 @@ class Checkpoints:
                 f"{len(differ)} arrays differ, as {'; '.join(differ[:2])}. Go on with "
                 "the model it was made with, or name another --workdir."
             )
-
-
-def has_saved(workdir: str | Path) -> bool:
-    """Whether a run has a checkpoint."""
-    return any((Path(workdir) / "checkpoints").glob("[0-9]*"))
 
 
 def check_has_saved(workdir: str | Path) -> None:

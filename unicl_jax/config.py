@@ -423,7 +423,7 @@ def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Pat
     temporary = workdir / "config.json.new"
     if saved.is_file():
         # A start that failed before it learnt anything binds nobody to its config.
-        if any((workdir / "checkpoints").glob("[0-9]*")):
+        if has_saved(workdir):
             _check_same_run(workdir, saved, config)
     elif workdir.is_dir() and (others := {*workdir.iterdir()} - {temporary}):
         entries = ", ".join(sorted(p.name for p in others)[:3])
@@ -443,6 +443,13 @@ def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Pat
             f"{error.strerror}; name another directory."
         ) from error
     return workdir
+
+
+def has_saved(workdir: str | Path) -> bool:
+    """Whether a run has a whole checkpoint: not one that a kill left half written."""
+    # Orbax writes to "6.orbax-checkpoint-tmp", and renames it to "6".
+    found = (Path(workdir) / "checkpoints").glob("[0-9]*")
+    return any(path.name.isdigit() for path in found)
 
 
 def saved_objective(workdir: str | Path) -> str:

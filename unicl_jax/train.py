@@ -14,7 +14,7 @@ from unicl_jax import config as config_lib
 from unicl_jax import data, encoders, evaluation, init_from, objectives, sharding
 from unicl_jax.analysis import end_of_run
 from unicl_jax.augment import make_views
-from unicl_jax.checkpoint import Checkpoints, NotSaved, has_saved
+from unicl_jax.checkpoint import Checkpoints, NotSaved
 from unicl_jax.metrics import ConsoleProgress, Metrics, StepTimer
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
@@ -58,7 +58,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     text_length = data.make_text_length(config.data.text_length, text)
     optimizer, schedule = make_optimizer(config.optimizer, config.total_steps)
     workdir = config_lib.prepare_workdir(workdir, config, write=is_first)
-    starts = [] if has_saved(workdir) else init_from.read(config, model)
+    starts = []
+    if not config_lib.has_saved(workdir):
+        starts = init_from.read(config, model)
 
     # 2. Data: this process's rows of every batch, and the sets to be scored on.
     config = data.with_made_up_records(config, workdir)
@@ -206,11 +208,13 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 evaluate(first_step)
         for step in range(first_step + 1, config.total_steps + 1):
             batch = sharding.global_batch(mesh, next(ready))
-            start = time.perf_counter()
             shape = jax.tree.leaves(batch["tokens"])[0].shape
             if is_new := shape not in compiled:
                 compiled.add(shape)
+                write_pending()  # its time is without this compilation
+                pending = None
                 progress.status("compiling")
+            start = time.perf_counter()
             state, scalars = train_step(state, batch, np.int32(step - 1))
             if is_new:
                 jax.block_until_ready(scalars)
