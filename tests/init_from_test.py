@@ -1,5 +1,7 @@
 """What a run starts from: weights files of its model, held to it option by option."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -191,6 +193,38 @@ def test_heads_that_arrays_do_not_tell_are_the_configs(write, make_mesh):
     silent = {k: v for k, v in TEXT.items() if k != "num_heads"}
     with pytest.raises(InputError, match="text.num_heads 1, here it is 8"):
         started(make_config(text=silent), write(found), make_mesh(1))
+
+
+def test_heads_that_a_file_tells_count(tmp_path, make_mesh):
+    """It was asked, and did not guess: other heads would be another model."""
+    file, found = tmp_path / "told.safetensors", random_weights(make_config())
+    about = {weights.ABOUT: json.dumps(found.model)}
+    write_arrays(file, weights.to_arrays(found, "unicl"), about)
+    started(make_config(), str(file), make_mesh(1))
+    other = make_config(text=TEXT | dict(num_heads=4))
+    with pytest.raises(InputError, match="text.num_heads 2, here it is 4"):
+        started(other, str(file), make_mesh(1))
+
+
+def test_a_tower_that_is_not_taken_may_be_another_one(write, make_mesh):
+    there = make_config(text=TEXT | dict(width=16, eps=1e-5))
+    found = random_weights(there)
+    here = make_config(objective="supcon")
+    _, after, said = started(here, write(found), make_mesh(1))
+    assert_equal(after.params["image"], found.params["image"])
+    assert said[0].startswith("image, image_projection from")
+
+
+def test_a_frozen_tower_that_no_source_has_is_refused(write, make_mesh):
+    config = make_config()
+    config.frozen = ("text",)
+    found = random_weights(config)
+    image = write(found, "timm_swin", "swin.npz")
+    with pytest.raises(InputError, match="must hold what is frozen.*no text tower"):
+        started(config, image, make_mesh(1))
+    started(config, f"{image}, {write(found)}, ", make_mesh(1))
+    config.objective = "supcon"  # which looks at no text
+    started(config, image, make_mesh(1))
 
 
 def test_text_weights_with_a_tokenizer_of_their_own_are_refused(write, make_mesh):

@@ -649,8 +649,17 @@ def test_where_there_is_nothing_to_start_from_it_is_said(whole, make_config, tmp
     with pytest.raises(InputError, match="workdir of a run that saved.*holds no"):
         train.run(make_config(init_from=str(tmp_path / "nowhere")), tmp_path / "run")
     other = make_config(init_from=str(whole[0]), model__text__num_layers=2)
-    with pytest.raises(InputError, match="must be a run of this model.*nothing there"):
+    with pytest.raises(
+        InputError, match="of this model.*text.num_layers 1, here it is 2"
+    ):
         train.run(other, tmp_path / "other")
+    other = make_config(init_from=str(whole[0]), model__image__window_size=4)
+    with pytest.raises(InputError, match=r"a run of this model.*\(9, 2\) there"):
+        train.run(other, tmp_path / "of_other_sizes")
+    # Of the same arrays, and yet another model.
+    other = make_config(init_from=str(whole[0]), model__text__activation="gelu")
+    with pytest.raises(InputError, match="text.activation quick_gelu, here it is gelu"):
+        train.run(other, tmp_path / "of_other_options")
     torn = tmp_path / "torn"
     shutil.copytree(whole[0], torn)
     # Not the arrays: Orbax's reads of those go on after the first has failed.

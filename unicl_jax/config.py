@@ -452,12 +452,13 @@ def has_saved(workdir: str | Path) -> bool:
     return any(path.name.isdigit() for path in found)
 
 
-def saved_objective(workdir: str | Path) -> str:
-    """The objective of a run, by its config.json; "" if that cannot be read."""
+def saved_config(workdir: str | Path) -> dict[str, Any]:
+    """What a run's config.json holds; {} if that cannot be read."""
     try:
-        return json.loads((Path(workdir) / "config.json").read_text())["objective"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        found = json.loads((Path(workdir) / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _check_same_run(workdir, saved, config):

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 
 from unicl_jax import checkpoint, encoders, objectives
-from unicl_jax.config import saved_objective
+from unicl_jax.config import saved_config
 from unicl_jax.encoders import weights
 from unicl_jax.encoders.weights.resize import SIZES, resized
 from unicl_jax.errors import InputError
 from unicl_jax.step import TrainState
 
-# Options of towers that arrays don't show and readers guess: the config's word counts.
+# Options of towers that arrays don't show: where a reader guesses, the config's count.
 GUESSED = ("num_heads", "activation")
 
 
@@ -39,7 +39,7 @@ def read(config: Mapping[str, Any], model: encoders.TwoTower) -> list[Start]:
 
     Args:
       config: the whole config: `init_from` (paths with commas between them, or None),
-        `model`, `objective`.
+        `model`, `objective`, `frozen`.
       model: that `config.model` describes.
 
     Returns:
@@ -47,11 +47,15 @@ def read(config: Mapping[str, Any], model: encoders.TwoTower) -> list[Start]:
       one's counts.
 
     Raises:
-      InputError: if there is no such run or file, or it is of another model.
+      InputError: if there is no such run or file, it is of another model, or a tower
+        is frozen that none of them has.
     """
     like = jax.eval_shape(model.init, jax.random.key(0))
-    sources = (config["init_from"] or "").split(",")
-    return [_start(source.strip(), config, like) for source in sources if source]
+    sources = [source.strip() for source in (config["init_from"] or "").split(",")]
+    starts = [_start(source, config, like) for source in sources if source]
+    if starts:
+        _check_frozen(config, {part for start in starts for part in start.parts})
+    return starts
 
 
 def apply(start: Start, state: TrainState) -> tuple[TrainState, str]:
@@ -89,25 +93,40 @@ def apply(start: Start, state: TrainState) -> tuple[TrainState, str]:
     return state, f"{', '.join(start.parts)} from {start.source}"
 
 
+def _check_frozen(config, taken):
+    """A tower that neither learnt before nor learns now says nothing."""
+    for tower in objectives.taught_by_both(config["objective"], ""):
+        if tower in SIZES and tower in config["frozen"] and tower not in taken:
+            raise InputError(
+                f'init_from must hold what is frozen: "{config["init_from"]}" has no '
+                f"{tower} tower that learnt; name another source, or leave {tower} out "
+                "of frozen."
+            )
+
+
 def _start(source, config, like):
     path = Path(source)
     if path.is_file() or path.is_dir() and not (path / "checkpoints").is_dir():
         return _of_weights(source, config, like)
     checkpoint.check_has_saved(source)
-    theirs = saved_objective(source)
-    return Start(source, objectives.taught_by_both(config["objective"], theirs))
+    theirs = saved_config(source)
+    parts = objectives.taught_by_both(config["objective"], theirs.get("objective"))
+    _check_options(source, theirs.get("model", {}), config["model"], parts)
+    return Start(source, parts)
 
 
 def _of_weights(source, config, like):
-    found, here = weights.read(source), config["model"]
-    towers = [tower for tower in SIZES if tower in found.model]
-    if differ := _different(found.model, here, towers):
-        raise InputError(
-            f'init_from must be of this model: "{source}" has {"; ".join(differ)}. Set '
-            "config.model as there, or name other weights."
-        )
+    (found, told), here = weights.read_and_told(source), config["model"]
     taught = objectives.taught_by_both(config["objective"], "")
     parts = tuple(part for part in taught if part in found.params)
+    guessed = {
+        f"{tower}.{name}"
+        for tower in SIZES
+        for name in GUESSED
+        if name in here[tower] and name not in told.get(tower, {})
+    }
+    _check_options(source, found.model, here, parts, guessed)
+    towers = [tower for tower in SIZES if tower in parts]
     # Of the sizes that the file has: positions are resized below.
     native = weights.merged(
         here,
@@ -129,14 +148,17 @@ def _of_weights(source, config, like):
     return Start(source, parts, resized(params, wanted), state)
 
 
-def _different(there, here, towers):
-    """What makes of equal shapes another model, a line each."""
-    sizes = {f"{tower}.{name}" for tower in towers for name in SIZES[tower]}
-    given = {f"{tower}.{k}" for tower in towers for k in GUESSED if k in here[tower]}
+def _check_options(source, there, here, parts, guessed=()):
+    """Refuses what makes of equal shapes another model, in the towers that are taken.
+
+    Of the sizes, arrays' shapes say what differs; those in `guessed` don't count.
+    """
+    there = {name: x for name, x in there.items() if name in parts or name not in SIZES}
+    skipped = {f"{tower}.{name}" for tower in SIZES for name in SIZES[tower]}
     differ = [
         f"{name} {theirs}, here it is {ours}"
         for name, theirs, ours in weights.different_options(there, here)
-        if name not in sizes | given
+        if name not in skipped | {*guessed}
     ]
     normalization = there.get("normalization", "imagenet")
     if "image" in there and normalization != here["normalization"]:
@@ -145,4 +167,8 @@ def _different(there, here, towers):
         )
     if "text" in there and there.get("tokenizer", "clip") != "clip":
         differ.append(f"its own tokenizer ({there['tokenizer']}), and training CLIP's")
-    return differ
+    if differ:
+        raise InputError(
+            f'init_from must be of this model: "{source}" has {"; ".join(differ)}. Set '
+            "config.model as there, or name another source."
+        )

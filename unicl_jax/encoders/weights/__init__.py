@@ -63,6 +63,26 @@ def read(
     Raises:
       InputError: if there is no such thing, or no layout or no model fits it.
     """
+    return read_and_told(source, layout, **changes)[0]
+
+
+def read_and_told(
+    source: str | Path, layout: str | None = None, **changes: Mapping[str, Any]
+) -> tuple[Weights, dict[str, Any]]:
+    """Reads as `read` does; also gives what of the model is told, and not guessed.
+
+    Args:
+      source: as for `read`.
+      layout: the same.
+      **changes: the same.
+
+    Returns:
+      The weights; and options that the file, its folder's config or `changes` name, a
+      `model` section that lacks what was read from the arrays.
+
+    Raises:
+      InputError: as `read`.
+    """
     path, told = Path(source), {}
     if path.is_dir():
         path, told = read_folder(path)
@@ -73,7 +93,7 @@ def read(
         if section in ("image", "text"):
             options = {**told.get(section, {}), **options}
         told[section] = options
-    return from_arrays(arrays, layout, **told)
+    return from_arrays(arrays, layout, **told), told
 
 
 def layout_of(arrays: Mapping[str, np.ndarray]) -> Layout:
