@@ -245,6 +245,25 @@ def both():
     return Model(Weights(model, *jax.jit(two.init)(jax.random.key(0))))
 
 
+def test_defaults_that_a_reader_would_not_guess_go_out(tmp_path, monkeypatch):
+    sizes = dict(vocab_size=600, context_length=6, width=64, num_layers=1)
+    image = dict(embed_dim=16, depths=(1,), num_heads=(2,), patch_size=8, image_size=32)
+    model = {
+        "image": {"name": "swin", **image},
+        "text": {"name": "transformer", **sizes},  # of 8 heads, not 64 channels each
+        "embed_dim": 8,
+    }
+    two = encoders.from_config({**MODEL, **model})
+    made = Model(Weights(model, *jax.jit(two.init)(jax.random.key(0))))
+    monkeypatch.setattr(
+        "unicl_jax.model.load", lambda source: made if source == "run" else load(source)
+    )
+    to = tmp_path / "model.safetensors"
+    difference, untold = export.export("run", to)
+    assert difference == 0 and untold["text.num_heads"] == 8
+    assert load(to).config["text"]["num_heads"] == 8
+
+
 def test_a_text_tower_goes_out_by_itself_and_comes_back(both, tmp_path, monkeypatch):
     monkeypatch.setattr(  # as if it were a run
         "unicl_jax.model.load", lambda source: both if source == "run" else load(source)

@@ -61,12 +61,15 @@ def export(
         config = {"tokenizer": "clip", **config}
     params, state = jax.tree.map(np.asarray, (loaded.params, loaded.state))
     whole = Weights(loaded.config, params, state)
-    arrays = weights.to_arrays(whole, layout)
+    arrays, untold = weights.to_arrays(whole, layout), weights.untold(whole, layout)
+    for name, value in untold.items():  # defaults, too: a reader would guess others
+        tower, option = name.split(".")
+        config[tower] = {**config[tower], option: value}
     write_arrays(to, arrays, {weights.ABOUT: json.dumps(config), "format": "pt"})
     if alone:  # the tower of a model of both, by itself
         parts = ({name: tree[name] for name in alone} for tree in (params, state))
         loaded = model.Model(Weights(config, *parts))
-    return _difference(loaded, model.load(to)), weights.untold(whole, layout)
+    return _difference(loaded, model.load(to)), untold
 
 
 def _difference(one, other):
