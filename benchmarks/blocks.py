@@ -26,7 +26,7 @@ WAYS = {
     "loop": dict(scan=True),
     "loop, recomputed": dict(scan=True, remat=True),
 }
-NO_LOOP = ("swin", "focalnet", "klite")  # their blocks are not equal
+NO_LOOP = ("swin", "focalnet", "klite", "resnet", "bert")  # towers without `scan`
 
 
 class Compiler:

@@ -357,6 +357,10 @@ QUICKSTART = "--config=configs/quickstart.py"
             'model.image: "swin" has no option "remta"; did you mean "remat"?',
         ),
         (
+            (QUICKSTART, "--workdir={}", "--config.model.text.causal=no"),
+            "model.text.causal must be True or False: got 'no'.",
+        ),
+        (
             (QUICKSTART, "--workdir={}", "--config.model.image.depths=3"),
             "model.image.depths must be tuple, as (1, 4) is: got 3.",
         ),
@@ -382,6 +386,7 @@ def test_any_option_of_a_tower_can_be_set(command, tmp_path, monkeypatch):
     monkeypatch.setattr(main.train, "run", lambda config, workdir: runs.append(config))
     options = ["image.remat=True", "image.name=swin_small", "text.eps=1e-5"]
     options += ["image.window_size=2", "image.depths=(2,2)", "text.activation=gelu"]
+    options += ["text.causal=false", "text.scan=true"]
     flags_given = [f"--config.model.{option}" for option in options]
     code, lines = command(QUICKSTART, f"--workdir={tmp_path}/run", *flags_given)
     assert (code, lines) == (0, [])
@@ -389,6 +394,7 @@ def test_any_option_of_a_tower_can_be_set(command, tmp_path, monkeypatch):
     image, text = config.model.image, config.model.text
     assert (image.remat, image.name, image.window_size) == (True, "swin_small", 2)
     assert (image.depths, text.eps, text.activation) == ((2, 2), 1e-5, "gelu")
+    assert (text.causal, text.scan) == (False, True)
     assert config.is_locked and image.is_locked
 
 

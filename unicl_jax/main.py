@@ -130,7 +130,8 @@ def _set_tower_options(config, options):
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            value = text  # a name
+            # A name; or as absl's own flags take them.
+            value = {"true": True, "false": False}.get(text.lower(), text)
         try:
             with config.unlocked():
                 config.model[tower][name] = value

@@ -160,16 +160,21 @@ def _tower(menu, config, what, dtype):
     options = dict(config)
     name = options.pop("name")
     factory = choose(menu, name, f"{what}.name")
-    known = set(inspect.signature(factory).parameters) - {"dtype"}
-    for option in options:
+    parameters = inspect.signature(factory).parameters
+    known = set(parameters) - {"dtype"}
+    for option, value in options.items():
         if option not in known:
             raise InputError(
                 f'{what}: "{name}" has no option "{option}"; '
                 f"{did_you_mean(option, known)}"
             )
+        if isinstance(parameters[option].default, bool) and type(value) is not bool:
+            raise InputError(  # any name would be taken for True
+                f"{what}.{option} must be True or False: got {value!r}."
+            )
     needed = [
         key
-        for key, parameter in inspect.signature(factory).parameters.items()
+        for key, parameter in parameters.items()
         if parameter.default is inspect.Parameter.empty and key not in options
     ]
     if needed:
