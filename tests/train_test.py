@@ -342,6 +342,16 @@ def test_texts_in_fewer_slots_train_alike(make_config, tmp_path, capsys):
                 assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
 
 
+def test_texts_that_nothing_reads_have_one_shape(make_config, tmp_path, capsys):
+    changes = dict(model__text__context_length=40, data__text_length="bucket")
+    config = make_config(objective="cross_entropy", total_steps=3, **changes)
+    config.data.mixture, config.evaluations = "proportional", {}
+    del config.data.sources["captioned"]
+    train.run(config, tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("compiled in") == 1 and "slots" not in out
+
+
 def test_a_shape_that_is_met_late_is_in_no_steps_time(
     make_config, tmp_path, monkeypatch
 ):

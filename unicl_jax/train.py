@@ -55,7 +55,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     objectives.check(config)
     model = encoders.from_config(config.model)
     text = encoders.text_options(config.model.text)
-    text_length = data.make_text_length(config.data.text_length, text)
+    text_length = config.data.text_length
+    if "text" in objectives.OBJECTIVES[config.objective].unused:
+        text_length = "full"  # one shape: each is a program to compile, for nothing
+    slots = data.make_text_length(text_length, text)
     optimizer, schedule = make_optimizer(config.optimizer, config.total_steps)
     workdir = config_lib.prepare_workdir(workdir, config, write=is_first)
     starts = []
@@ -68,7 +71,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     image_size = config.model.image.image_size
     tokenize = data.Tokenizer(text["context_length"], text["vocab_size"])
     batches = data.make_train_iterator(
-        config.data,
+        {**config.data, "text_length": text_length},
         config.data.image_size or image_size,
         config.batch_size,
         config.seed,
@@ -88,7 +91,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     def prompt_tokens(texts):
         tokens = tokenize(texts)
-        return tokens if config.data.text_length == "full" else data.cut(tokens)
+        return tokens if text_length == "full" else data.cut(tokens)
 
     tasks = [
         evaluation.ZeroShotTask(
@@ -146,7 +149,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     metrics = Metrics(workdir, first_step, active=is_first)
     progress = ConsoleProgress(config.total_steps, first_step, active=is_first)
     timer, stop = StepTimer(first_step), _StopRequest()
-    ready = data.in_equal_shapes(timer.timed(batches), text_length, mesh)
+    ready = data.in_equal_shapes(timer.timed(batches), slots, mesh)
     compiled = set()  # shapes of texts that there is a program for
     scores: dict[str, evaluation.Scores] = {}
     pending = None  # the step before: its number, its scalars still on the device
@@ -219,7 +222,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             if is_new:
                 jax.block_until_ready(scalars)
                 said = f"compiled in {time.perf_counter() - start:.1f} s"
-                if config.data.text_length != "full":
+                if text_length != "full":
                     said += f", for texts of {shape[0]} x {shape[1]} slots"
                 progress.say(said)
                 progress.status("training")
