@@ -138,10 +138,9 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         state, data_state = checkpoints.restore(state)
         batches.restore(data_state)
     started_from = []
-    for start in starts:
-        state, said = init_from.apply(start, state)
+    while starts:  # whose weights the host need not hold any longer
+        state, said = init_from.apply(starts.pop(0), state)
         started_from.append(said)
-    del starts  # weights on the host
     first_step = int(state.step)
 
     # 5. The loop. Step n is dispatched, then step n - 1 is written: the host's work
