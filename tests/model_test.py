@@ -169,6 +169,7 @@ def test_pictures_are_brought_to_the_towers_size(cropping, tmp_path):
 MODES = {
     "RGB": (255, 0, 0),
     "RGBA": (255, 255, 255),  # transparent: laid on white, as in training
+    "RGBa": (255, 255, 255),  # the same, its colours times alpha
     "L": (76, 76, 76),
     "P": (255, 0, 0),
     "CMYK": (255, 0, 0),
@@ -184,10 +185,11 @@ def test_every_mode_becomes_rgb(mode, loaded):
         picture = Image.fromarray(np.full((40, 40), 128 * 256, np.uint16))
     elif mode == "1":
         picture = picture.convert(mode, dither=Image.Dither.NONE)
+    elif mode.upper() == "RGBA":
+        picture.putalpha(0)
+        picture = picture.convert(mode)
     else:
         picture = picture.convert(mode)
-    if mode == "RGBA":
-        picture.putalpha(0)
     got = loaded.preprocess(picture)[0]
     np.testing.assert_array_equal(got, np.full((32, 32, 3), MODES[mode]))
 
@@ -199,6 +201,15 @@ def test_what_is_no_picture_is_told(loaded, tmp_path):
             loaded.preprocess([path])
     with pytest.raises(InputError, match="paths or PIL images: got ndarray"):
         loaded.preprocess([pictures(1)[0]])
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "cut.png")
+    cut = (tmp_path / "cut.png").read_bytes()[:200]
+    (tmp_path / "cut.png").write_bytes(cut)
+    with Image.open(tmp_path / "cut.png") as half:  # not read before it is used
+        for given in (tmp_path / "cut.png", half, "nul\0.png"):
+            with pytest.raises(InputError, match="must be readable image files"):
+                loaded.preprocess(given)
+    with pytest.raises(InputError, match="must have pixels: .*has 0 x 5"):
+        loaded.preprocess(Image.new("RGB", (0, 5)))
     with pytest.raises(InputError, match="8 or 16 bits a channel: got one of floats"):
         loaded.preprocess(Image.new("F", (40, 40)))
 
@@ -220,6 +231,28 @@ def test_images_that_do_not_fit_are_told(images, loaded):
         loaded.encode_image(images)
 
 
+@pytest.mark.parametrize(
+    "images, kind",
+    [
+        ("cat.jpg", "str"),
+        (["cat.jpg", "dog.jpg"], "list"),
+        ([np.zeros((32, 32, 3)), np.zeros((4, 4, 3))], "list"),
+        ({"pixel_values": np.zeros((1, 32, 32, 3))}, "dict"),
+        (np.array([None]), "ndarray"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_is_no_array_of_images_is_told(images, kind, loaded):
+    with pytest.raises(InputError, match=rf"an array .*got {kind}.*model.preprocess"):
+        loaded.encode_image(images)
+
+
+def test_floats_that_are_not_normalised_are_told(loaded):
+    with pytest.raises(InputError, match="-2.6 to 2.6: got values of 2.*as uint8"):
+        loaded.encode_image(pictures().astype(np.float32))
+    loaded.encode_image(normalize(np.full((1, 32, 32, 3), 255, np.uint8)) * 2)
+
+
 def test_nothing_gives_nothing(loaded):
     assert loaded.encode_text([]).shape == (0, 128)
     assert loaded.encode_image(pictures(0)).shape == (0, 128)
@@ -231,9 +264,30 @@ def test_texts_that_do_not_fit_are_told(loaded):
         (np.zeros((2, 10), np.float32), "got float32"),
         (np.full((2, 10), 600), r"in \[0, 600\): got 600"),
         (["a cat", " "], "must not be empty: got ' ' at index 1"),
+        (["a cat", "&nbsp;"], "must not be empty: got '&nbsp;' at index 1"),
+        (["a cat", None], "must be strings: got NoneType at index 1"),
+        ([None, "a cat"], "must be strings: got NoneType at index 0"),
+        (["a cat", b"a dog"], "must be strings: got bytes at index 1"),
+        ([["a cat"], ["a dog"]], r"strings or integer tokens .*got <U5 \(2, 1\)"),
+        ([[1, 2], [3]], "array .*got list"),
+        ({"input_ids": np.ones((1, 3), int)}, "array .*got dict; .*ids alone"),
+        (b"a cat", "array .*got bytes"),
+        (None, "array .*got NoneType"),
     ):
         with pytest.raises(InputError, match=words):
             loaded.encode_text(tokens)
+    with pytest.raises(InputError, match="must be strings: got NoneType"):
+        loaded.tokenize(None)
+
+
+def test_texts_and_tokens_come_in_any_container(loaded):
+    texts = ["a cat", "two dogs"]
+    want = loaded.encode_text(texts)
+    for given in (tuple(texts), np.array(texts), np.array(texts, object), iter(texts)):
+        np.testing.assert_array_equal(loaded.encode_text(given), want)
+    tokens = loaded.tokenize(texts)
+    for given in (tokens.astype(np.int64), tokens.tolist(), jax.numpy.array(tokens)):
+        np.testing.assert_array_equal(loaded.encode_text(given), want)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ probabilities = jax.nn.softmax(model.logit_scale * u @ v.T)
 
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,18 +103,28 @@ class Model:
 
         Args:
           images: [B, S, S, 3] uint8 (normalised here), or float normalised already; S
-            is `image_size`. `preprocess` makes them from pictures.
+            is `image_size`. `preprocess` makes them from pictures. Floats in 0..1 look
+            like normalised ones, and are taken for such.
           normalize: to unit L2 norm.
 
         Returns:
           [B, D] float32.
 
         Raises:
-          InputError: if there is no image tower, or shape or dtype don't fit.
+          InputError: if there is no image tower, shape or dtype don't fit, or floats
+            are not normalised.
         """
         self._needs_image_tower()
-        images = jnp.asarray(images)
         size = self.image_size
+        try:
+            images = jnp.asarray(images)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"images must be an array [B, {size}, {size}, 3], uint8 or float "
+                f"normalised: got {type(images).__name__}, which is none "
+                f"({str(error).splitlines()[0][:80]}); model.preprocess makes one of "
+                "paths and pictures."
+            ) from error
         floating = jnp.issubdtype(images.dtype, jnp.floating)
         if images.shape[1:] != (size, size, 3) or not (
             floating or images.dtype == jnp.uint8
@@ -125,14 +135,26 @@ class Model:
             )
         if not floating:
             images = normalize_pixels(images, self._normalization)
+        elif (largest := np.abs(images).max(initial=0)) > 4 * self._largest_pixel:
+            raise InputError(
+                "float images must be normalised, in about "
+                f"{-self._largest_pixel:.1f} to {self._largest_pixel:.1f}: got values "
+                f"of {largest:.4g}; pass pixels of 0..255 as uint8."
+            )
         out = self._image(self.params, self.state, images.astype(jnp.float32))
         return encoders.unit(out) if normalize else out
+
+    @functools.cached_property
+    def _largest_pixel(self):
+        """The largest value that a normalised pixel has."""
+        ends = np.repeat(np.array([[[0]], [[255]]], np.uint8), 3, axis=2)
+        return float(jnp.abs(normalize_pixels(ends, self._normalization)).max())
 
     def encode_text(self, texts, *, normalize: bool = True) -> jax.Array:
         """Embeds texts.
 
         Args:
-          texts: a string, a sequence of B strings, or int32 tokens [B, L].
+          texts: a string, B strings, or integer tokens [B, L].
           normalize: to unit L2 norm.
 
         Returns:
@@ -148,12 +170,10 @@ class Model:
             )
         from unicl_jax.data.text_length import cut
 
-        is_text = isinstance(texts, str) or (
-            len(texts) and isinstance(texts[0], str)  # an array of ids has none
-        )
-        if not is_text and not len(texts):
+        texts = _listed(texts)
+        if not len(texts):
             return jnp.zeros((0, self.embed_dim))
-        tokens = self.tokenize(texts) if is_text else np.asarray(texts)
+        tokens = self.tokenize(texts) if isinstance(texts, list) else texts
         length, vocab_size = self._text["context_length"], self._text["vocab_size"]
         if (
             tokens.ndim != 2
@@ -202,14 +222,22 @@ class Model:
                 f"({tokenizer}): got strings, for which there is CLIP's alone here; "
                 "make the ids with the model's tokenizer and pass those."
             )
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        empty = [i for i, text in enumerate(texts) if not text.strip()]
-        if empty:
+        alone = isinstance(texts, str) or not isinstance(texts, Iterable)
+        texts = [texts] if alone else list(texts)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(
+                    f"texts must be strings: got {type(text).__name__} at index {i}; "
+                    "leave it out, or make it one."
+                )
+        tokens = self._tokenizer(texts)
+        # After cleaning, where "&nbsp;" and a byte order mark are empty, too.
+        empty = np.flatnonzero(tokens[:, 1] == self._tokenizer.eot)
+        if len(empty):
             raise InputError(
                 f"texts must not be empty: got {texts[empty[0]]!r} at index "
                 f"{empty[0]}; leave it out."
             )
-        tokens = self._tokenizer(texts)
         self.texts_cut += int(self._tokenizer.cut(texts, tokens).sum())
         padding = self.config.get("text_padding")
         if padding is not None:
@@ -228,7 +256,8 @@ class Model:
 
         The shorter side to S / crop_pct, bicubic, then the centre; or all of it, where
         crop_pct is 0. crop_pct is the config's, or 224 / 256 for UniCL's and ImageNet's
-        models and 1 for CLIP's.
+        models and 1 for CLIP's. As in training, a picture is as its file stores it:
+        EXIF's orientation is not applied, and of frames the first is taken.
 
         Args:
           pictures: PIL images or paths, one or B.
@@ -255,6 +284,28 @@ class Model:
             )
 
 
+def _listed(texts):
+    """A list of what should be texts, or an array of what should be tokens."""
+    if isinstance(texts, str):
+        return [texts]
+    error = None
+    if isinstance(texts, Iterable) and not isinstance(texts, bytes | Mapping):
+        if not hasattr(texts, "__array__"):
+            texts = list(texts)
+            if any(isinstance(text, str) for text in texts):
+                return texts
+        try:
+            array = np.asarray(texts)
+            is_text = array.ndim == 1 and array.dtype.kind in "OU"
+            return array.tolist() if is_text else array
+        except (TypeError, ValueError, RuntimeError) as caught:  # ragged; on a GPU
+            error = caught
+    raise InputError(
+        "texts must be strings, or integer tokens in an array [B, L]: got "
+        f"{type(texts).__name__}; pass a list of strings, or a tokenizer's ids alone."
+    ) from error
+
+
 def _projected(features, tower):
     def encode(params, state, inputs):
         out, _ = features(params, state, inputs)
@@ -269,21 +320,30 @@ def _square(picture, size, shorter):
     """[size, size, 3] uint8: the centre of what is scaled to `shorter`; None: all."""
     from PIL import Image
 
-    path = picture
-    if isinstance(picture, str | Path):
-        try:
-            picture = Image.open(picture)
-            picture.load()
-        except (OSError, Image.DecompressionBombError) as error:
-            raise InputError(
-                f'pictures must be readable image files: "{path}" is not ({error}); '
-                "leave it out."
-            ) from error
+    given = picture
+    try:
+        if isinstance(given, str | Path):
+            with Image.open(given) as picture:
+                picture.load()
+        elif isinstance(given, Image.Image):
+            given.load()
+    except Exception as error:  # whatever a decoder raises at damaged bytes
+        raise InputError(
+            f'pictures must be readable image files: "{given}" is not ({error}); '
+            "leave it out."
+        ) from error
     if not isinstance(picture, Image.Image):
         raise InputError(
             "pictures must be paths or PIL images: got "
             f"{type(picture).__name__}; Image.fromarray makes one of pixels."
         )
+    if not min(picture.size):
+        raise InputError(
+            f'pictures must have pixels: "{given}" has {picture.width} x '
+            f"{picture.height}; leave it out."
+        )
+    if picture.mode in ("La", "RGBa"):  # colours times alpha
+        picture = picture.convert(picture.mode.upper())
     if picture.mode.startswith("I"):  # 16 bits: PIL would cut off all above 255
         values = np.clip(np.asarray(picture, np.int64) // 256, 0, 255)
         picture = Image.fromarray(values.astype(np.uint8))
