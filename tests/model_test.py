@@ -17,7 +17,7 @@ from unicl_jax.checkpoint import read_towers
 from unicl_jax.data import Tokenizer
 from unicl_jax.encoders import weights
 from unicl_jax.encoders.weights import Weights
-from unicl_jax.encoders.weights.files import read_arrays
+from unicl_jax.encoders.weights.files import read_arrays, write_arrays
 from unicl_jax.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -295,6 +295,8 @@ def test_texts_and_tokens_come_in_any_container(loaded):
     [
         ("swin_tny", 'did you mean "swin_tiny"'),
         ("nothing.safetensors", "is no file or folder"),
+        ("x" * 300, "can be read, or a name: .*File name too long"),
+        ({"x": 1}, "a path or a name: got dict; .*from_arrays"),
     ],
 )
 def test_a_source_that_is_not_there_is_told(source, words):
@@ -316,6 +318,31 @@ def test_folders_that_hold_no_model_are_told(tmp_path, run):
 def test_options_go_to_their_tower_and_never_to_a_run(run):
     with pytest.raises(InputError, match="must be as it was trained: got text"):
         unicl_jax.load(run, text={"num_heads": 4})
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"image_size": 384}, 'no option "image_size".*image={"image_size": 384}'),
+        ({"normalisation": "clip"}, 'did you mean "normalization"'),
+        ({"image": 384}, "image must be options of the image tower by name: got 384"),
+    ],
+)
+def test_options_of_no_model_are_told(changes, words, run, tmp_path):
+    """They would be passed over."""
+    export.export(run, tmp_path / "model.npz")
+    for source in ("swin_tiny", tmp_path / "model.npz"):
+        with pytest.raises(InputError, match=words):
+            unicl_jax.load(source, **changes)
+
+
+@pytest.mark.parametrize("said", ["{", "[1]", '{"imge": {}}'])
+def test_a_file_that_does_not_say_its_model_is_told(said, run, tmp_path):
+    export.export(run, tmp_path / "model.npz")
+    arrays, _ = read_arrays(tmp_path / "model.npz")
+    write_arrays(tmp_path / "model.npz", arrays, {weights.ABOUT: said})
+    with pytest.raises(InputError, match="no `model` section.*export it again"):
+        unicl_jax.load(tmp_path / "model.npz")
 
 
 # --- Names.

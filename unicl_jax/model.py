@@ -390,7 +390,19 @@ def load(
     Raises:
       InputError: if there is no such thing, it is not whole, or sizes don't fit.
     """
+    if not isinstance(source, str | Path):
+        raise InputError(
+            "a model must be a path or a name: got "
+            f"{type(source).__name__}; arrays by name go to weights.from_arrays."
+        )
     path = Path(source)
+    try:
+        there = path.exists()
+    except OSError as error:  # too long, or not to be looked at
+        raise InputError(
+            f'a model must be a path that can be read, or a name: "{source}" gave '
+            f"{error.strerror}; name another."
+        ) from error
     if path.is_dir():
         if (path / "checkpoints").is_dir():
             if changes or layout:
@@ -400,7 +412,7 @@ def load(
                     f'"{source}"; leave those out.'
                 )
             return _of_run(path)
-    if path.exists():
+    if there:
         return Model(weights.read(path, layout, **changes))
     known = variants()
     if str(source) not in known:
@@ -408,6 +420,7 @@ def load(
             f'a model must be a workdir, a weights file or a name: "{source}" is no '
             f"file or folder; {did_you_mean(str(source), known)}"
         )
+    weights.check_changes(changes)
     model = weights.merged(known[str(source)], changes)
     two = encoders.from_config({**weights.MODEL, **model})
     return Model(Weights(model, *jax.jit(two.init)(jax.random.key(seed))))

@@ -17,7 +17,7 @@ from unicl_jax.encoders.weights.layout import Layout, join_tree, split_tree
 from unicl_jax.encoders.weights.resize import SIZES, resized
 from unicl_jax.encoders.weights.timm import RESNET_BACKBONE, SWIN_BACKBONE
 from unicl_jax.encoders.weights.unicl import UNICL
-from unicl_jax.errors import InputError, choose
+from unicl_jax.errors import InputError, choose, did_you_mean
 
 LAYOUTS = {
     layout.name: layout
@@ -83,17 +83,57 @@ def read_and_told(
     Raises:
       InputError: as `read`.
     """
+    check_changes(changes)
     path, told = Path(source), {}
     if path.is_dir():
         path, told = read_folder(path)
     arrays, about = read_arrays(path)
     if ABOUT in about:
-        told = json.loads(about[ABOUT])
+        told = _about(path, about[ABOUT])
     for section, options in changes.items():
         if section in ("image", "text"):
             options = {**told.get(section, {}), **options}
         told[section] = options
     return from_arrays(arrays, layout, **told), told
+
+
+def _about(path, said):
+    try:
+        told = json.loads(said)
+        check_changes(told)
+    except ValueError as error:  # an InputError is one
+        raise InputError(
+            f'weights must say what their model is: what "{path}" says ({ABOUT}) is no '
+            f"`model` section ({error}); export it again."
+        ) from error
+    return told
+
+
+def check_changes(changes: Mapping[str, Any]) -> None:
+    """Refuses what says nothing of a model, and would be passed over.
+
+    Args:
+      changes: as for `from_arrays`.
+
+    Raises:
+      InputError: for a name that no `model` section has, or a tower without options.
+    """
+    if not isinstance(changes, Mapping):
+        raise InputError(
+            f"a model's options must have names: got {type(changes).__name__}; pass "
+            "them by their names."
+        )
+    for name, value in changes.items():
+        if name not in SECTION:
+            raise InputError(
+                f'a model has no option "{name}"; {did_you_mean(name, SECTION)} Those '
+                f'of a tower go as image={{"image_size": 384}}.'
+            )
+        if name in ("image", "text") and not isinstance(value, Mapping):
+            raise InputError(
+                f"{name} must be options of the {name} tower by name: got {value!r}; "
+                'pass them as image={"image_size": 384}.'
+            )
 
 
 def layout_of(arrays: Mapping[str, np.ndarray]) -> Layout:
@@ -311,6 +351,11 @@ PARTS = ("image", "text", "image_projection", "text_projection", "logit_scale")
 
 # What a `model` section says where a file says nothing.
 MODEL = {"logit_scale_init": 1.0, "logit_scale_max": None, "dtype": "float32"}
+# All that it can say.
+SECTION = (
+    *("image", "text", "embed_dim", *MODEL),
+    *("normalization", "crop_pct", "tokenizer", "text_padding"),
+)
 
 
 class _Fits(NamedTuple):
