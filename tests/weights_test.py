@@ -332,6 +332,15 @@ def test_hugging_faces_names_give_the_same_embeddings(clip, torch, tmp_path):
         load(tmp_path)
 
 
+def test_what_stands_before_all_names_is_left_out(clip):
+    arrays = {k: v.numpy() for k, v in clip.state_dict().items()}
+    want = from_arrays(arrays)
+    wrapped = {"model": to_arrays(want, "hf_clip"), "module._orig_mod": arrays}
+    for before, each in wrapped.items():
+        each = {f"{before}.{name}": array for name, array in each.items()}
+        assert_same(from_arrays(each).params, want.params)
+
+
 # --- Backbones.
 
 
@@ -443,6 +452,22 @@ def test_a_pytorch_file_is_read_as_pytorch_reads_it(tmp_path, torch):
     for name, tensor in {**there, "p": parameter.detach()}.items():
         np.testing.assert_array_equal(arrays[name], tensor.numpy(), err_msg=name)
         assert arrays[name].dtype == tensor.numpy().dtype
+
+
+CHECKPOINTS = {
+    "another name": lambda x: {"model_state_dict": x, "optimizer_state_dict": {"m": x}},
+    "one in another": lambda x: {"state_dict": {"model": x}, "epoch": 3},
+    "a config": lambda x: {"model": {"name": "swin"}, "state_dict": x},
+    "an average": lambda x: {"model": x, "model_ema": {"x": 2 * x["x"]}},
+    "an average alone": lambda x: {"state_dict_ema": x, "epoch": 3},
+}
+
+
+@pytest.mark.parametrize("saved", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_the_weights_of_a_training_checkpoint_are_taken(saved, tmp_path, torch):
+    torch.save(saved({"x": torch.ones(2)}), tmp_path / "a.pth")
+    arrays, _ = read_arrays(tmp_path / "a.pth")
+    assert {name: x.tolist() for name, x in arrays.items()} == {"x": [1, 1]}
 
 
 def test_a_torchscript_archive_is_read_by_its_modules_names(tmp_path, torch):
@@ -599,6 +624,65 @@ def test_a_pytorch_file_cut_in_half_is_told(tmp_path, torch):
     (tmp_path / "a.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="must be readable"):
         read_arrays(tmp_path / "a.pth")
+
+
+OTHERS = {
+    "a web page": ("a.safetensors", b"\n<!DOCTYPE html><html>", "is a web page"),
+    "a pointer": ("a.pth", b"version https://git-lfs.github.com/spec/v1\n", "lfs pull"),
+    "nothing": ("a.npz", b"", "is empty; get it again"),
+    "a zip": ("a.safetensors", b"PK\x03\x04" + bytes(60), "is a zip file"),
+}
+
+
+@pytest.mark.parametrize("name, held, words", OTHERS.values(), ids=OTHERS)
+def test_a_file_of_another_kind_says_what_it_is(name, held, words, tmp_path):
+    (tmp_path / name).write_bytes(held)
+    with pytest.raises(InputError, match=f"must be readable: .*{name}.*{words}"):
+        read_arrays(tmp_path / name)
+
+
+def test_a_file_of_another_name_says_what_it_is(tmp_path):
+    write_arrays(tmp_path / "a.safetensors", {"x": np.ones(3)}, {})
+    (tmp_path / "a.safetensors").rename(tmp_path / "a.pth")
+    with pytest.raises(InputError, match="is of the .safetensors kind; rename it"):
+        read_arrays(tmp_path / "a.pth")
+    np.save(tmp_path / "a.npy", np.ones(3))
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
+    with pytest.raises(InputError, match="is one array, as .npy files are; put it in"):
+        read_arrays(tmp_path / "a.npz")
+
+
+def test_a_file_without_arrays_is_told(tmp_path):
+    for name in ("a.npz", "a.safetensors"):
+        write_arrays(tmp_path / name, {}, {"said": "so"})
+        with pytest.raises(
+            InputError, match=f"must hold arrays: .*{name}.* none; name"
+        ):
+            read_arrays(tmp_path / name)
+
+
+def test_a_compressed_npz_with_a_wrong_byte_is_told(tmp_path):
+    array = np.random.default_rng(0).integers(0, 9, 1000)
+    np.savez_compressed(tmp_path / "a.npz", x=array)
+    whole = bytearray((tmp_path / "a.npz").read_bytes())
+    whole[100:120] = bytes(range(236, 256))
+    (tmp_path / "a.npz").write_bytes(whole)
+    with pytest.raises(InputError, match="is no whole .npz file"):
+        read_arrays(tmp_path / "a.npz")
+
+
+def test_a_type_that_is_not_read_is_told(tmp_path, torch):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(3).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match='type of x: got "F8_E4M3"; .*Choices: BF16'):
+        read_arrays(tmp_path / "a.safetensors")
+
+
+def test_weights_in_pieces_are_told(tmp_path):
+    (tmp_path / "model.safetensors.index.json").touch()
+    with pytest.raises(InputError, match="in one file: .* by model.safetensors.index"):
+        load(tmp_path)
 
 
 def test_a_missing_file_and_an_unknown_kind_are_told(tmp_path):

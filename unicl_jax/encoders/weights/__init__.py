@@ -23,6 +23,8 @@ LAYOUTS = {
     layout.name: layout
     for layout in (UNICL, OPENAI, HF, SWIN_BACKBONE, RESNET_BACKBONE, BERT)
 }
+# What DDP, torch.compile and Lightning put before a model's names.
+WRAPPERS = ("module.", "_orig_mod.", "model.")
 ABOUT = "unicl_jax.model"  # where a file that we wrote says what its model is
 
 __all__ = ["LAYOUTS", "Weights", "from_arrays", "layout_of", "read", "to_arrays"]
@@ -180,6 +182,7 @@ def from_arrays(
     Raises:
       InputError: if no layout or no model fits them.
     """
+    arrays = _unwrapped(arrays)
     family = choose(LAYOUTS, layout, "layout") if layout else layout_of(arrays)
     arrays = family.canonical(arrays)
     try:
@@ -207,6 +210,13 @@ def from_arrays(
     there = wanted if native == model else shapes(native)[0]
     tree = join_tree(family, arrays, {"params": there, "state": state})
     return Weights(model, resized(tree["params"], wanted), tree["state"])
+
+
+def _unwrapped(arrays):
+    """Without what stands before all names."""
+    while arrays and any(all(n.startswith(w) for n in arrays) for w in WRAPPERS):
+        arrays = {name.partition(".")[2]: array for name, array in arrays.items()}
+    return arrays
 
 
 def merged(model: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

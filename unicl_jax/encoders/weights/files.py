@@ -1,6 +1,7 @@
 """Arrays by name, from and to files."""
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,7 +32,16 @@ def read_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]
     if not path.is_file():
         raise InputError(f'weights must be a file: there is no "{path}"; name another.')
     read = choose(READERS, path.suffix.lower(), f'weights "{path}": kind of file')
-    arrays, about = read(path)
+    try:
+        arrays, about = read(path)
+    except InputError as error:
+        if (what := _other_kind(path)) is None:
+            raise
+        raise InputError(f'weights must be readable: "{path}" {what}.') from error
+    if not arrays:
+        raise InputError(
+            f'weights must hold arrays: "{path}" holds none; name another file.'
+        )
     return {name: _widened(path, name, x) for name, x in arrays.items()}, about
 
 
@@ -64,6 +74,29 @@ def write_arrays(
         ) from error
 
 
+def _other_kind(path):
+    """What a file is that could not be read, by how it begins, and what to do."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        return f"gave {error.strerror}; make it readable"
+    suffix = path.suffix.lower()
+    if not start:
+        return "is empty; get it again"
+    if start.startswith(b"version https://git-lfs"):
+        return 'is a pointer of Git LFS, not the file; run "git lfs pull" where it is'
+    if start.lstrip()[:9].lower() in (b"<!doctype", b"<html>"):
+        return "is a web page; get the file that it links"
+    if start[8:10] == b'{"' and suffix != ".safetensors":
+        return "is of the .safetensors kind; rename it"
+    if start.startswith(b"PK") and suffix == ".safetensors":
+        return "is a zip file, as .pth and .npz are; rename it"
+    if start.startswith(b"\x93NUMPY"):
+        return "is one array, as .npy files are; put it in an .npz file, by its name"
+    return None
+
+
 def _widened(path, name, array):
     if array.dtype.kind in "iub" or array.dtype == np.float64:
         return array
@@ -75,6 +108,16 @@ def _widened(path, name, array):
     return array.astype(np.float32)
 
 
+# The types of .safetensors files that are read.
+_KINDS = {
+    "BF16": ml_dtypes.bfloat16,
+    "BOOL": np.bool_,
+    **{f"F{8 * n}": np.dtype(f"f{n}") for n in (2, 4, 8)},
+    **{f"I{8 * n}": np.dtype(f"i{n}") for n in (1, 2, 4, 8)},
+    **{f"U{8 * n}": np.dtype(f"u{n}") for n in (1, 2, 4, 8)},
+}
+
+
 def _read_safetensors(path):
     from safetensors import SafetensorError, safe_open
 
@@ -83,6 +126,8 @@ def _read_safetensors(path):
             about = dict(file.metadata() or {})
             names = list(file.keys())
             kinds = {name: file.get_slice(name).get_dtype() for name in names}
+            for name, kind in kinds.items():
+                choose(_KINDS, kind, f'weights "{path}": type of {name}')
             if "BF16" in kinds.values():
                 return _bits_as_float32(path), about
             return {name: file.get_tensor(name) for name in names}, about
@@ -97,17 +142,10 @@ def _bits_as_float32(path):
     """Every array of a file with bfloat16 ones, for which NumPy has no type."""
     from safetensors import deserialize
 
-    kinds = {
-        "BF16": ml_dtypes.bfloat16,
-        "BOOL": np.bool_,
-        **{f"F{8 * n}": np.dtype(f"f{n}") for n in (2, 4, 8)},
-        **{f"I{8 * n}": np.dtype(f"i{n}") for n in (1, 2, 4, 8)},
-        **{f"U{8 * n}": np.dtype(f"u{n}") for n in (1, 2, 4, 8)},
-    }
     arrays = {}
     for name, each in deserialize(path.read_bytes()):
-        kind = choose(kinds, each["dtype"], f'weights "{path}": type of {name}')
-        arrays[name] = np.frombuffer(each["data"], kind).reshape(each["shape"])
+        data = np.frombuffer(each["data"], _KINDS[each["dtype"]])
+        arrays[name] = data.reshape(each["shape"])
     return arrays
 
 
@@ -119,12 +157,15 @@ def _write_safetensors(path, arrays, about):
 
 def _read_npz(path):
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it is one array, without a name")
+        with file:
             arrays = {name: file[name] for name in file.files}
         about = [name for name in arrays if name.startswith(ABOUT)]
         about = {name.removeprefix(ABOUT): str(arrays.pop(name)) for name in about}
         return arrays, about
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise InputError(
             f'weights must be readable: "{path}" is no whole .npz file of arrays '
             f"({error}); get it again."

@@ -36,6 +36,12 @@ def read_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
                 if there:
                     told = CONFIGS[there[0]](_read_json(folder / there[0]))
                 return folder / file, told
+    if pieces := sorted(path.name for path in folder.glob("*.index.json")):
+        raise InputError(
+            f'a folder must hold its weights in one file: "{folder}" has them in '
+            f"several, by {pieces[0]}; save the model anew, as by "
+            'save_pretrained(folder, max_shard_size="100GB").'
+        )
     raise InputError(
         f"a folder must be a workdir, or hold {', '.join(HUGGING_FACE + OPEN_CLIP)}: "
         f'"{folder}" holds none of these; name the weights file.'

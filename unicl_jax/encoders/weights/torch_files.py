@@ -30,6 +30,14 @@ _DTYPES = {
 }
 
 
+# Where training checkpoints have a model's arrays, beside their optimizer's. Averages
+# of the weights come last: they are taken where a file has nothing else.
+CHECKPOINTS = (
+    *("model", "state_dict", "model_state_dict"),
+    *("model_ema", "state_dict_ema", "ema_state_dict"),
+)
+
+
 class _Inert:
     """Stands for any class a file names: takes anything, does nothing."""
 
@@ -127,7 +135,7 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
 
     Args:
       path: a file that `torch.save` or `torch.jit.save` wrote (1.6 or newer). A
-        training checkpoint's arrays under "model" or "state_dict" are taken.
+        training checkpoint's arrays under one of CHECKPOINTS are taken.
 
     Returns:
       The arrays, in the file's dtypes.
@@ -142,11 +150,10 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
                 raise ValueError("it holds no data.pkl")
             folder = min(entries, key=len).removesuffix("data.pkl")
             found = _Unpickler(archive, folder).load()
-        if isinstance(found, dict):
-            for key in ("model", "state_dict"):
-                if isinstance(found.get(key), dict):
-                    found = found[key]
-                    break
+        for _ in range(2):  # one may be in another
+            inside = found if isinstance(found, dict) else {}
+            whose = (inside[k] for k in CHECKPOINTS if isinstance(inside.get(k), dict))
+            found = next((x for x in whose if dict(_walk(x, "", set()))), found)
         arrays = dict(_walk(found, "", set()))
     except Exception as error:  # whatever a damaged pickle can raise
         raise InputError(
@@ -156,8 +163,8 @@ def read_torch(path: str | Path) -> dict[str, np.ndarray]:
         ) from error
     if not arrays:
         raise InputError(
-            f'weights must hold arrays: "{path}" holds none, by name or under "model" '
-            'or "state_dict"; name the file of the weights.'
+            f'weights must hold arrays: "{path}" holds none, by name or under '
+            f"{', '.join(CHECKPOINTS)}; name the file of the weights."
         )
     return arrays
 
