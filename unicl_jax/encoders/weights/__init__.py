@@ -25,6 +25,17 @@ LAYOUTS = {
 }
 # What DDP, torch.compile and Lightning put before a model's names.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
+# Whose weights people try that are of no layout, by a part of a name.
+STRANGERS = {
+    "_parameters.": "a whole pickled module (save its state_dict() instead)",
+    "visual.attnpool.": "a CLIP with a ResNet",
+    "cpb_mlp.": "a Swin V2",
+    "features.1.0.attn.": "torchvision's Swin (timm's is read)",
+    "layer1.0.conv2.": "a ResNet of basic blocks, as ResNet-18 and -34",
+    "vision_model.encoder.": "a model that is not CLIP's, as SigLIP",
+    "text_model.encoder.": "CLIP's text tower alone",
+    "cls_token": "a ViT that is not CLIP's",
+}
 ABOUT = "unicl_jax.model"  # where a file that we wrote says what its model is
 
 __all__ = ["LAYOUTS", "Weights", "from_arrays", "layout_of", "read", "to_arrays"]
@@ -155,9 +166,11 @@ def layout_of(arrays: Mapping[str, np.ndarray]) -> Layout:
         if layout.matches(names):
             return layout
     some = ", ".join(sorted(names)[:4])
+    whose = [what for part, what in STRANGERS.items() if any(part in n for n in names)]
     raise InputError(
         f"weights must be of a known layout ({', '.join(LAYOUTS)}): got {len(names)} "
-        f"arrays named {some}, …; rename them to one of those."
+        f"arrays named {some}, …{f', as of {whose[0]}' if whose else ''}; load a model "
+        "of one of those, or rename what is one."
     )
 
 
@@ -197,7 +210,7 @@ def from_arrays(
     except KeyError as error:
         raise InputError(
             f"weights in the {family.name} layout must hold {error}: it is not "
-            "there; get the file again."
+            "there; load a whole model of that kind."
         ) from error
     model = merged(own, changes)
     wanted, state = shapes(model)
