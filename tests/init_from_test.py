@@ -63,7 +63,10 @@ def write(tmp_path):
     """Writes a model's weights in a layout, as others would: arrays and no more."""
 
     def to_file(found, layout="unicl", name="weights.safetensors"):
-        write_arrays(tmp_path / name, weights.to_arrays(found, layout), {})
+        about = {}
+        if layout == "openai_clip":  # as `export` says it: ids for 600 could be others
+            about = {weights.ABOUT: '{"tokenizer": "clip"}'}
+        write_arrays(tmp_path / name, weights.to_arrays(found, layout), about)
         return str(tmp_path / name)
 
     return to_file

@@ -1,5 +1,6 @@
 """Weights in and out: other people's files give their models' numbers, and go back."""
 
+import json
 import pickle
 import zipfile
 
@@ -16,6 +17,7 @@ from unicl_jax.encoders.weights import (
     untold,
 )
 from unicl_jax.encoders.weights.files import read_arrays, write_arrays
+from unicl_jax.encoders.weights.folders import read_folder
 from unicl_jax.errors import InputError
 from unicl_jax.model import load
 
@@ -112,6 +114,20 @@ def test_every_array_is_used_and_every_weight_filled(release):
 def test_names_of_nobody_are_shown():
     with pytest.raises(InputError, match="known layout.*unicl.*got 1 arrays named foo"):
         from_arrays({"foo.bar": np.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    "name, whose",
+    [
+        ("visual.attnpool.q_proj.weight", "a CLIP with a ResNet"),
+        ("layers.0.blocks.0.attn.cpb_mlp.0.weight", "a Swin V2"),
+        ("layer1.0.conv2.weight", "a ResNet of basic blocks"),
+        ("_modules.fc._parameters.weight", r"save its state_dict\(\) instead"),
+    ],
+)
+def test_models_that_people_try_are_named(name, whose):
+    with pytest.raises(InputError, match=f"known layout.*, as of .*{whose}.*; load a"):
+        from_arrays({name: np.zeros(3)})
 
 
 def test_a_file_without_a_tower_names_what_is_not_there(release):
@@ -308,6 +324,7 @@ def test_hugging_faces_names_give_the_same_embeddings(clip, torch, tmp_path):
     # A folder as the hub has it: config.json says what the weights don't.
     for part in (config.vision_config, config.text_config):
         part.hidden_act, part.num_attention_heads = "gelu", 4
+        part.layer_norm_eps = 1e-2
     other = transformers.CLIPModel(config).eval()
     other.load_state_dict(model.state_dict())
     other.save_pretrained(tmp_path)
@@ -339,6 +356,35 @@ def test_what_stands_before_all_names_is_left_out(clip):
     for before, each in wrapped.items():
         each = {f"{before}.{name}": array for name, array in each.items()}
         assert_same(from_arrays(each).params, want.params)
+
+
+def test_what_hugging_faces_config_leaves_out_is_its_default(tmp_path):
+    """Each by itself: one that is there counts without the others."""
+    default = {"activation": "quick_gelu", "eps": 1e-5}
+    (tmp_path / "model.safetensors").touch()
+    for vision, changes in (
+        ({}, {}),
+        ({"hidden_act": "gelu"}, {"activation": "gelu"}),
+        ({"num_attention_heads": 16, "hidden_act": None}, {"num_heads": 16}),
+        ({"layer_norm_eps": 1e-6}, {"eps": 1e-6}),
+    ):
+        said = json.dumps({"vision_config": vision, "text_config": {}})
+        (tmp_path / "config.json").write_text(said)
+        _, told = read_folder(tmp_path)
+        assert told["image"] == {**default, "num_heads": 12, **changes}
+        assert told["text"] == {**default, "num_heads": 8}
+
+
+def test_strings_for_a_vocabulary_that_is_not_clips_are_refused(clip, tmp_path):
+    """CLIP's tokenizer would give ids for 600, too, but not those it was taught."""
+    arrays = {k: v.numpy() for k, v in clip.state_dict().items()}
+    write_arrays(tmp_path / "a.npz", arrays, {})
+    with pytest.raises(InputError, match=r"its own tokenizer \(unknown, of 600 ids\)"):
+        load(tmp_path / "a.npz").encode_text("a cat")
+    assert load(tmp_path / "a.npz", tokenizer="clip").encode_text("a cat").shape[0] == 1
+    for vocab_size in (600, 49408):
+        arrays["token_embedding.weight"] = np.zeros((vocab_size, 64), "f4")
+        assert ("tokenizer" in from_arrays(arrays).model) == (vocab_size == 600)
 
 
 # --- Backbones.

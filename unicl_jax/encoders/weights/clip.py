@@ -21,6 +21,7 @@ from unicl_jax.encoders.weights.layout import (
 from unicl_jax.encoders.weights.unicl import LEAVES, TEXT, count
 
 EPS = 1e-5
+VOCAB_SIZE = 49408
 # Heads of released towers that are not 64 wide: open_clip's ViT-H, -g and -bigG.
 HEADS = {1280: 16, 1408: 16, 1664: 16}
 # Sizes that an archive of OpenAI's holds as arrays, too, and tables that are computed.
@@ -34,7 +35,10 @@ def _model(arrays, token, position, patch, places, layers, projection):
     side = round((arrays[places].shape[0] - 1) ** 0.5)
     vocab_size, text_width = arrays[token].shape
     image_layers, text_layers = (count(arrays, pattern) for pattern in layers)
+    # Another vocabulary is another tokenizer's, whatever CLIP's would make of texts.
+    other = {"tokenizer": f"unknown, of {vocab_size} ids"}
     return {
+        **(other if vocab_size != VOCAB_SIZE else {}),
         "image": {
             "name": "vit",
             "patch_size": patch_size,

@@ -61,15 +61,30 @@ def _read_json(path):
 # --- Hugging Face's config.json.
 
 
+# What shapes don't tell, with the defaults of CLIPVisionConfig and CLIPTextConfig: a
+# config may leave them out.
+_CLIP = {
+    tower: {
+        "hidden_act": ("activation", "quick_gelu"),
+        "layer_norm_eps": ("eps", 1e-5),
+        "num_attention_heads": ("num_heads", heads),
+    }
+    for tower, heads in (("image", 12), ("text", 8))
+}
+
+
 def _hugging_face(said: Mapping[str, Any]) -> dict[str, Any]:
     if said.get("model_type") == "bert":
         return {"text": _bert(said)}
-    names = {"hidden_act": "activation", "num_attention_heads": "num_heads"}
-    return {
-        tower: {ours: said[key][theirs] for theirs, ours in names.items()}
-        for tower, key in (("image", "vision_config"), ("text", "text_config"))
-        if isinstance(said.get(key), dict) and names.keys() <= said[key].keys()
-    }
+    told = {}
+    for tower, key in (("image", "vision_config"), ("text", "text_config")):
+        if isinstance(said.get(key), dict):
+            section = {k: v for k, v in said[key].items() if v is not None}
+            told[tower] = {
+                ours: section.get(theirs, default)
+                for theirs, (ours, default) in _CLIP[tower].items()
+            }
+    return told
 
 
 def _bert(said):
