@@ -396,6 +396,17 @@ def test_an_export_says_how_far_what_it_wrote_is_off(run, tmp_path, monkeypatch)
     assert export.export(run, tmp_path / "model.npz")[0] > 1e-3
 
 
+def test_an_export_of_a_bfloat16_run_is_compared_in_float32(run, loaded, tmp_path):
+    bfloat16 = tmp_path / "run"
+    shutil.copytree(run, bfloat16)
+    said = json.loads((bfloat16 / "config.json").read_text())
+    said["model"]["dtype"] = "bfloat16"
+    (bfloat16 / "config.json").write_text(json.dumps(said))
+    rounded = unicl_jax.load(bfloat16).encode_image(pictures())
+    assert np.abs(rounded - loaded.encode_image(pictures())).max() > 1e-3
+    assert export.export(bfloat16, tmp_path / "model.npz")[0] == 0
+
+
 def test_an_npz_says_what_its_model_is_too(run, loaded, tmp_path):
     export.export(run, tmp_path / "model.npz")
     again = unicl_jax.load(tmp_path / "model.npz")

@@ -737,5 +737,6 @@ def test_a_missing_file_and_an_unknown_kind_are_told(tmp_path):
     (tmp_path / "weights.h5").touch()
     with pytest.raises(InputError, match=r'got ".h5"; .*Choices: .bin, .npz'):
         read_arrays(tmp_path / "weights.h5")
-    with pytest.raises(InputError, match="directory that can be written"):
-        write_arrays(tmp_path / "no/where.npz", {"x": np.ones(1)}, {})
+    for name in ("no/where.npz", "no/where.safetensors", f"{'x' * 300}.npz"):
+        with pytest.raises(InputError, match="directory that can be written"):
+            write_arrays(tmp_path / name, {"x": np.ones(1)}, {})

@@ -1,5 +1,6 @@
 """Arrays by name, from and to files."""
 
+import contextlib
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -67,7 +68,8 @@ def write_arrays(
         write(partial, arrays, about)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise InputError(
             f'weights must go to a directory that can be written: "{path}" gave '
             f"{error.strerror or error}; name another."
@@ -150,9 +152,13 @@ def _bits_as_float32(path):
 
 
 def _write_safetensors(path, arrays, about):
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file(arrays, path, metadata=dict(about))
+    try:
+        save_file(arrays, path, metadata=dict(about))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _read_npz(path):
