@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from unicl_jax import encoders
+from unicl_jax.augment import NORMALIZATIONS
 from unicl_jax.encoders import weights
 from unicl_jax.encoders.weights import from_arrays
 from unicl_jax.encoders.weights.files import write_arrays
@@ -210,6 +211,24 @@ def test_the_settings_left_out_are_open_clips_defaults():
     assert told["text"]["num_heads"] == 8 and told["text"]["vocab_size"] == 49408
     assert told["crop_pct"] == 1.0
     assert not told.keys() & {"normalization", "tokenizer", "embed_dim"}
+
+
+@pytest.mark.parametrize("name", NORMALIZATIONS)
+def test_a_known_normalization_is_told_by_its_name(name):
+    """As the trainer's config names it, which `init_from` compares."""
+    mean, std = map(list, NORMALIZATIONS[name])
+    told = options({"model_cfg": MODEL, "preprocess_cfg": {"mean": mean, "std": std}})
+    assert told["normalization"] == name
+    mean[0] += 0.01
+    told = options({"model_cfg": MODEL, "preprocess_cfg": {"mean": mean, "std": std}})
+    assert told["normalization"] == [mean, std]
+
+
+@pytest.mark.parametrize("mean", [None, [0.5], 0.5])
+def test_a_normalization_that_is_not_whole_is_refused(mean):
+    pictures = {"mean": mean, "std": [0.5] * 3}
+    with pytest.raises(InputError, match="must be three numbers each"):
+        options({"model_cfg": MODEL, "preprocess_cfg": pictures})
 
 
 REFUSED = {

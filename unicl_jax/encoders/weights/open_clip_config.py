@@ -10,6 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from unicl_jax.augment import NORMALIZATIONS
 from unicl_jax.errors import InputError
 
 _CROP_PCT = {"shortest": 1.0, "squash": 0.0}
@@ -135,8 +138,10 @@ def options(said: Mapping[str, Any]) -> dict[str, Any]:
     }
     pair = [picture["mean"], picture["std"]]
     if pair != [None, None]:  # else CLIP's, as of all such weights
-        _must(None not in pair, "preprocess_cfg.mean and .std", pair, "both there")
-        told["normalization"] = pair
+        whole = [np.shape(x) for x in pair] == [(3,), (3,)]
+        _must(whole, "preprocess_cfg.mean and .std", pair, "three numbers each")
+        same = (k for k, v in NORMALIZATIONS.items() if np.allclose(v, pair, atol=1e-6))
+        told["normalization"] = next(same, pair)
     if model["embed_dim"] is not None:
         told["embed_dim"] = model["embed_dim"]
     other = text["hf_tokenizer_name"] or text["tokenizer_mode"]
