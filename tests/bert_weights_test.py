@@ -203,6 +203,17 @@ def test_a_setting_that_is_not_the_towers_is_named(name, value, folder):
         load(folder[0])
 
 
+def test_a_model_with_berts_names_is_held_to_its_settings(folder):
+    """ERNIE has the same arrays, and in its first version a relu."""
+    path = folder[0] / "config.json"
+    said = {**json.loads(path.read_text()), "model_type": "ernie"}
+    path.write_text(json.dumps(said))
+    assert load(folder[0]).config["text"]["num_heads"] == 2
+    path.write_text(json.dumps({**said, "hidden_act": "relu"}))
+    with pytest.raises(InputError, match='must have hidden_act "gelu".*got "relu"'):
+        load(folder[0])
+
+
 def test_a_trainers_text_tower_takes_what_is_read(folder):
     """At the trainer's own context_length, whose positions are the file's first."""
     path, model = folder

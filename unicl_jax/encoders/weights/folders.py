@@ -74,7 +74,9 @@ _CLIP = {
 
 
 def _hugging_face(said: Mapping[str, Any]) -> dict[str, Any]:
-    if said.get("model_type") == "bert":
+    # Others with BERT's names have its settings, too, and may have other values.
+    alone = "vision_config" not in said and "num_attention_heads" in said
+    if said.get("model_type") == "bert" or alone:
         return {"text": _bert(said)}
     told = {}
     for tower, key in (("image", "vision_config"), ("text", "text_config")):
