@@ -18,6 +18,7 @@ from unicl_jax.encoders import (
     TEXT_TOWERS,
     bert,
     from_config,
+    image_tower,
     make_two_tower,
     resnet,
     swin,
@@ -750,3 +751,24 @@ def test_config_errors_name_the_field_and_the_choices(change, words):
         from_config({**CONFIG, **change})
     for word in words:
         assert re.search(re.escape(word), str(error.value))
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("image_size", 0),
+        ("image_size", "64"),
+        ("image_size", 64.0),
+        ("image_size", (64, 64)),
+        ("window_size", -4),
+        ("num_heads", (3, 0)),
+        ("num_heads", 3),
+        ("depths", True),
+    ],
+)
+def test_sizes_that_are_no_whole_numbers_are_told(option, value):
+    config = dict(name="swin", embed_dim=12, depths=(1, 1), num_heads=(2, 4))
+    image_tower({**config, "image_size": 56})
+    image_tower({**config, "image_size": np.int64(56), "depths": [1, 1]})
+    with pytest.raises(InputError, match=f"model.image.{option} must be a .*: got"):
+        image_tower({**config, "image_size": 56, option: value})

@@ -387,6 +387,13 @@ def test_strings_for_a_vocabulary_that_is_not_clips_are_refused(clip, tmp_path):
         assert ("tokenizer" in from_arrays(arrays).model) == (vocab_size == 600)
 
 
+def test_a_clip_without_places_is_told(clip):
+    arrays = {k: v.numpy() for k, v in clip.state_dict().items()}
+    arrays["visual.positional_embedding"] = np.zeros(0, "f4")
+    with pytest.raises(InputError, match="must have that model's shapes"):
+        from_arrays(arrays)
+
+
 # --- Backbones.
 
 

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Mapping
 
 import jax.numpy as jnp
+import numpy as np
 
 from unicl_jax.encoders import focalnet as _focalnet
 from unicl_jax.encoders import klite_focal as _klite_focal
@@ -172,6 +173,7 @@ def _tower(menu, config, what, dtype):
             raise InputError(  # any name would be taken for True
                 f"{what}.{option} must be True or False: got {value!r}."
             )
+        _check_numbers(f"{what}.{option}", value, parameters[option].annotation)
     needed = [
         key
         for key, parameter in parameters.items()
@@ -180,3 +182,17 @@ def _tower(menu, config, what, dtype):
     if needed:
         raise InputError(f'{what}: "{name}" needs {", ".join(needed)}.')
     return factory(**options, dtype=dtype)
+
+
+def _check_numbers(what, value, kind):
+    """Of what is annotated as a whole number or several: they are, and count things."""
+    several = kind == tuple[int, ...]
+    if several and not isinstance(value, list | tuple):
+        raise InputError(f"{what} must be a number a stage: got {value!r}.")
+    least = 0 if what.split(".")[-1] in ("pad_id", "focal_levels") else 1
+    for x in value if several else [value] * (kind is int):
+        whole = isinstance(x, int | np.integer) and not isinstance(x, bool)
+        if not whole or x < least:
+            raise InputError(
+                f"{what} must be a whole number of at least {least}: got {value!r}."
+            )

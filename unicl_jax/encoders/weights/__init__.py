@@ -200,7 +200,7 @@ def from_arrays(
     arrays = family.canonical(arrays)
     try:
         own = family.model(arrays)
-    except (IndexError, ValueError, ZeroDivisionError) as error:
+    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
