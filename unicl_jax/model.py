@@ -24,6 +24,7 @@ from unicl_jax.augment import normalize as normalize_pixels
 from unicl_jax.encoders import weights
 from unicl_jax.encoders.weights import Weights
 from unicl_jax.errors import InputError, choose, did_you_mean
+from unicl_jax.pictures import square
 
 # The crop's share of the shorter side, UniCL's and OpenAI's; 0: the whole is squashed.
 CROP_PCT = {"imagenet": 224 / 256, "clip": 1.0}
@@ -112,10 +113,11 @@ class Model:
 
         Raises:
           InputError: if there is no image tower, shape or dtype don't fit, or floats
-            are not normalised.
+            that come from the host are not normalised.
         """
         self._needs_image_tower()
         size = self.image_size
+        on_host = not isinstance(images, jax.Array)
         try:
             images = jnp.asarray(images)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -135,11 +137,12 @@ class Model:
             )
         if not floating:
             images = normalize_pixels(images, self._normalization)
-        elif (largest := np.abs(images).max(initial=0)) > 4 * self._largest_pixel:
+        # Of what is on a device already, looking would wait for all that is under way.
+        elif on_host and np.abs(images).max(initial=0) > 4 * self._largest_pixel:
             raise InputError(
                 "float images must be normalised, in about "
                 f"{-self._largest_pixel:.1f} to {self._largest_pixel:.1f}: got values "
-                f"of {largest:.4g}; pass pixels of 0..255 as uint8."
+                f"of {np.abs(images).max():.4g}; pass pixels of 0..255 as uint8."
             )
         out = self._image(self.params, self.state, images.astype(jnp.float32))
         return encoders.unit(out) if normalize else out
@@ -273,7 +276,7 @@ class Model:
             pictures = [pictures]
         size, pct = self.image_size, self._crop_pct
         shorter = int(size / pct) if pct else None
-        pixels = [_square(picture, size, shorter) for picture in pictures]
+        pixels = [square(picture, size, shorter) for picture in pictures]
         return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
 
     def _needs_image_tower(self):
@@ -314,56 +317,6 @@ def _projected(features, tower):
         )
 
     return encode
-
-
-def _square(picture, size, shorter):
-    """[size, size, 3] uint8: the centre of what is scaled to `shorter`; None: all."""
-    from PIL import Image
-
-    given = picture
-    try:
-        if isinstance(given, str | Path):
-            with Image.open(given) as picture:
-                picture.load()
-        elif isinstance(given, Image.Image):
-            given.load()
-    except Exception as error:  # whatever a decoder raises at damaged bytes
-        raise InputError(
-            f'pictures must be readable image files: "{given}" is not ({error}); '
-            "leave it out."
-        ) from error
-    if not isinstance(picture, Image.Image):
-        raise InputError(
-            "pictures must be paths or PIL images: got "
-            f"{type(picture).__name__}; Image.fromarray makes one of pixels."
-        )
-    if not min(picture.size):
-        raise InputError(
-            f'pictures must have pixels: "{given}" has {picture.width} x '
-            f"{picture.height}; leave it out."
-        )
-    if picture.mode in ("La", "RGBa"):  # colours times alpha
-        picture = picture.convert(picture.mode.upper())
-    if picture.mode.startswith("I"):  # 16 bits: PIL would cut off all above 255
-        values = np.clip(np.asarray(picture, np.int64) // 256, 0, 255)
-        picture = Image.fromarray(values.astype(np.uint8))
-    if picture.mode == "F":
-        raise InputError(
-            "pictures must have 8 or 16 bits a channel: got one of floats; bring it to "
-            "0..255 first."
-        )
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)  # as in training
-    picture = picture.convert("RGB")
-    if shorter is None:
-        return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
-    # Whole numbers: a float product rounds 322 pixels to 255 for 256.
-    to = [max(size, shorter * side // min(picture.size)) for side in picture.size]
-    picture = picture.resize(to, Image.Resampling.BICUBIC)
-    left, top = (round((side - size) / 2) for side in picture.size)
-    return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
 def load(
