@@ -168,13 +168,7 @@ def _options(argv):
 
 def main(argv):
     """Measures, prints a table and writes JSON; or prints what was measured before."""
-    options = _options(argv)
-    if options.markdown:
-        print(harness.markdown("blocks", title, rows_of))
-        return
-    found = measure(options)
-    harness.write(found, "blocks", options.out)
-    print(harness.aligned(title(found), rows_of(found)))
+    harness.report("blocks", _options(argv), measure, title, rows_of)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,14 @@ def machine(**more):
     return {"cpu": cpu_name(), "cores": cores, "load_before": busy, **more}
 
 
+def where(machine):
+    """The processor or the device, for a title; and whether it was ours alone."""
+    place = f"{machine['cpu']}, {machine['cores']} cores"
+    if machine.get("backend", "cpu") != "cpu":
+        place = machine["device_kind"]
+    return place + " (shared with other work)" * shared_with_others(machine)
+
+
 def shared_with_others(machine):
     """Whether so much else ran that figures mean little."""
     return machine["load_before"] > BUSY * machine["cores"]
@@ -193,6 +201,20 @@ def aligned(title, rows):
         cells += [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def report(prefix, options, measure, title, rows_of):
+    """What a benchmark's command does: measures, writes JSON and prints a table.
+
+    Or, with `options.markdown`, prints what was measured before. `prefix` starts the
+    names of its results.
+    """
+    if options.markdown:
+        print(markdown(prefix, title, rows_of))
+        return
+    found = measure(options)
+    write(found, prefix, options.out)
+    print(aligned(title(found), rows_of(found)))
 
 
 def write(found, prefix, out):

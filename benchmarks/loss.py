@@ -310,12 +310,9 @@ def rows_of(found):
 def title(found):
     """One line: what was measured, on what."""
     machine = found["machine"]
-    where = f"{machine['cpu']}, {machine['cores']} cores"
-    if machine.get("backend", "cpu") != "cpu":
-        where = machine["device_kind"]
-    shared = " (shared with other work)" * harness.shared_with_others(machine)
+    where = harness.where(machine)
     return (
-        f"loss and gradient, {found['dim']} wide, {found['dtype']}; {where}{shared}: "
+        f"loss and gradient, {found['dim']} wide, {found['dtype']}; {where}: "
         "median time, memory beyond the inputs"
     )
 
@@ -347,14 +344,8 @@ def _options(argv):
 
 def main(argv):
     """Measures, prints a table and writes JSON; or prints what was measured before."""
-    options = _options(argv)
-    if options.markdown:
-        print(harness.markdown("loss", title, rows_of))
-        return
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    found = measure(options)
-    harness.write(found, "loss", options.out)
-    print(harness.aligned(title(found), rows_of(found)))
+    harness.report("loss", _options(argv), measure, title, rows_of)
 
 
 if __name__ == "__main__":

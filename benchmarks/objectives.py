@@ -42,6 +42,7 @@ TASKS = {
 
 def measure(options):
     """Every row with every seed."""
+    options.runs.mkdir(parents=True, exist_ok=True)
     found = {
         "command": harness.command("benchmarks.objectives"),
         "date": str(datetime.date.today()),
@@ -154,14 +155,7 @@ def _options(argv):
 
 def main(argv):
     """Trains, prints a table and writes JSON; or prints what was found before."""
-    options = _options(argv)
-    if options.markdown:
-        print(harness.markdown("objectives", title, rows_of))
-        return
-    options.runs.mkdir(parents=True, exist_ok=True)
-    found = measure(options)
-    harness.write(found, "objectives", options.out)
-    print(harness.aligned(title(found), rows_of(found)))
+    harness.report("objectives", _options(argv), measure, title, rows_of)
 
 
 if __name__ == "__main__":

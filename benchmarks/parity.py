@@ -294,13 +294,7 @@ def _options(argv):
 
 def main(argv):
     """Compares, prints a table and writes JSON; or prints what was found before."""
-    options = _options(argv)
-    if options.markdown:
-        print(harness.markdown("parity", title, rows_of))
-        return
-    found = measure(options)
-    harness.write(found, "parity", options.out)
-    print(harness.aligned(title(found), rows_of(found)))
+    harness.report("parity", _options(argv), measure, title, rows_of)
 
 
 if __name__ == "__main__":

@@ -194,11 +194,8 @@ def rows_of(found):
 def title(found):
     """One line: what was measured, on what."""
     machine = found["machine"]
-    where = f"{machine['cpu']}, {machine['cores']} cores"
-    if machine.get("backend", "cpu") != "cpu":
-        where = machine["device_kind"]
-    shared = " (shared with other work)" * harness.shared_with_others(machine)
-    return f"12 x 512 causal tower, {found['dtype']}, gradients; {where}{shared}"
+    where = harness.where(machine)
+    return f"12 x 512 causal tower, {found['dtype']}, gradients; {where}"
 
 
 def _corpus(text):
@@ -235,13 +232,7 @@ def _options(argv):
 
 def main(argv):
     """Measures, prints a table and writes JSON; or prints what was measured before."""
-    options = _options(argv)
-    if options.markdown:
-        print(harness.markdown("text_length", title, rows_of))
-        return
-    found = measure(options)
-    harness.write(found, "text_length", options.out)
-    print(harness.aligned(title(found), rows_of(found)))
+    harness.report("text_length", _options(argv), measure, title, rows_of)
 
 
 if __name__ == "__main__":

@@ -253,13 +253,10 @@ def rows_of(found):
 def title(found):
     """One line: what was measured, on what."""
     machine = found["machine"]
-    where = f"{machine['cpu']}, {machine['cores']} cores"
-    if machine.get("backend", "cpu") != "cpu":
-        where = machine["device_kind"]
-    shared = " (shared with other work)" * harness.shared_with_others(machine)
+    where = harness.where(machine)
     peer = "compiled PyTorch" if found["compiled"] else "PyTorch"
     return (
-        f"batch {found['batch_size']}, {found['dtype']}; {where}{shared}: images or "
+        f"batch {found['batch_size']}, {found['dtype']}; {where}: images or "
         f"texts a second, and how many times {peer}'s"
     )
 
@@ -285,13 +282,7 @@ def _options(argv):
 
 def main(argv):
     """Measures, prints a table and writes JSON; or prints what was measured before."""
-    options = _options(argv)
-    if options.markdown:
-        print(harness.markdown("towers", title, rows_of))
-        return
-    found = measure(options)
-    harness.write(found, "towers", options.out)
-    print(harness.aligned(title(found), rows_of(found)))
+    harness.report("towers", _options(argv), measure, title, rows_of)
 
 
 if __name__ == "__main__":
