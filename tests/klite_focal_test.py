@@ -447,7 +447,7 @@ def without(pattern):
         (r"blocks\.1\.attn\.pool_layers\.1", r"1 missing \(.*pool_layers\.1\.0\.wei"),
         (
             r"1\.blocks\.0\.attn\.pool",
-            r"must hold '.*1\.blocks\.0\.attn\.pool.*get the",
+            r"must hold '.*1\.blocks\.0\.attn\.pool.*load a whole",
         ),
         (r"layers\.0\.blocks\.0\.attn\.pre", "K-LITE's Focal: the image tower's first"),
         (r"patch_embed\.proj\.weight", "must hold 'image_encoder.patch_embed.proj"),
