@@ -367,14 +367,8 @@ def _check_fields(config):
                     )
 
 
-_OF_SHARDS = (
-    "fields",
-    "class_names",
-    "label_offset",
-    "preprocess",
-    "max_skips_in_a_row",
-    "index_cache",
-)
+_OF_FILES = ("class_names", "preprocess", "max_skips_in_a_row")
+_OF_SHARDS = (*_OF_FILES, "fields", "label_offset", "index_cache")
 # What a source or an evaluation may say, by format; see docs/design.md.
 SOURCE_FIELDS = {
     "all": ("format", "path", "kind", "weight", "templates"),
@@ -383,6 +377,8 @@ SOURCE_FIELDS = {
     "tfrecord": _OF_SHARDS,
     "webdataset": _OF_SHARDS,
     "tfds": (*_OF_SHARDS, "split"),
+    "folder": _OF_FILES,
+    "csv": (*_OF_FILES, "fields", "root", "delimiter", "label_offset"),
 }
 SECTIONS = ("model", "data", "augment", "strong_augment", "optimizer")
 

@@ -8,8 +8,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from unicl_jax.data.labels import load_class_names
 from unicl_jax.data.records import KINDS, NO_LABEL, Request, Rows
-from unicl_jax.data.sources import load_class_names
 from unicl_jax.errors import InputError, choose
 
 

@@ -6,11 +6,13 @@ into (image bytes, text, label) as TensorFlow ops; `explain` says what a payload
 
 import json
 import operator
+import os
 from collections.abc import Mapping
 
 from unicl_jax.data.decode import SEPARATOR, import_tensorflow, parse_example
 from unicl_jax.data.indexing import Index
-from unicl_jax.data.shards import ShardReader
+from unicl_jax.data.listing import FileIndex
+from unicl_jax.data.shards import ShardReader, open_shard
 from unicl_jax.errors import InputError
 
 _NUM_PROBED = 8  # records looked at before a missing field is called a wrong setting
@@ -112,7 +114,46 @@ class TFRecordReader:
             return None
 
 
-class WebDatasetReader:
+class _PartsReader:
+    """What readers share whose `read` takes a record apart by itself."""
+
+    settings = "`fields`"  # what to mend where no record can be read
+
+    def parse(self, payload, text, label):
+        """Returns its arguments: `read` has taken them apart already."""
+        return payload, text, label
+
+    def check_fields(self, source: str) -> None:
+        """Stops if none of a few records can be read: a setting, not damage.
+
+        Args:
+          source: the source's name, for the error.
+
+        Raises:
+          InputError: says what is wrong with them.
+        """
+        num = len(self.index)
+        reasons = {}  # and a record of each
+        for index in sorted({i * num // _NUM_PROBED for i in range(_NUM_PROBED)}):
+            try:
+                self.read(index)
+                return
+            except Unreadable as error:
+                reasons.setdefault(error.reason, self.where(index))
+        found = ", ".join(f"{reason} ({at})" for reason, at in sorted(reasons.items()))
+        raise InputError(
+            f'source "{source}": records must hold an image and a text or label: of '
+            f"{min(_NUM_PROBED, num)} records none does: {found}; set the source's "
+            f"{self.settings}."
+        )
+
+    def explain(self, payload: bytes) -> str:
+        """Returns "": what could be missing, `read` has missed."""
+        del payload
+        return ""
+
+
+class WebDatasetReader(_PartsReader):
     """Reads the image member and the caption or label member of a key."""
 
     def __init__(self, index: Index, text_key: str, is_label: bool, label_offset: int):
@@ -159,35 +200,43 @@ class WebDatasetReader:
         captions = value if isinstance(value, list) else [value]
         return image, SEPARATOR.join(str(c or "").encode() for c in captions), 0
 
-    def parse(self, payload, text, label):
-        """Returns its arguments: `read` has taken them apart already."""
-        return payload, text, label
+    def where(self, index: int) -> str:
+        """Returns the tar of a record."""
+        return self.index.shards[self.index.shard[index]]
 
-    def check_fields(self, source: str) -> None:
-        """Stops if the first records all lack their text: a setting, not damage.
+
+class FileReader(_PartsReader):
+    """Reads records that are image files of their own."""
+
+    def __init__(self, index: FileIndex, settings: str):
+        """Holds what to read.
 
         Args:
-          source: the source's name, for the error.
-
-        Raises:
-          InputError: says what is wrong with them.
+          index: of the files.
+          settings: those that say where the files are, for errors.
         """
-        reasons = set()
-        for index in range(min(_NUM_PROBED, len(self.index))):
-            try:
-                self.read(index)
-                return
-            except Unreadable as error:
-                reasons.add(error.reason)
-        raise InputError(
-            f'source "{source}": the first {_NUM_PROBED} records must hold a text or '
-            f"label: got {', '.join(sorted(reasons))}; set the source's `fields`."
-        )
+        self.index = index
+        self.settings = settings
 
-    def explain(self, payload: bytes) -> str:
-        """Returns "": what could be missing, `read` has missed."""
-        del payload
-        return ""
+    def read(self, index: int) -> tuple[bytes, bytes, int]:
+        """Returns the image bytes, the captions joined by SEPARATOR, the label."""
+        at = self.index
+        try:
+            with open_shard(self.where(index)) as file:
+                image = file.read()
+        except Exception as error:  # gfile has error types of its own
+            missing = ("FileNotFoundError", "NotFoundError")
+            is_missing = type(error).__name__ in missing
+            raise Unreadable(
+                "file is missing" if is_missing else "file cannot be read"
+            ) from error
+        if len(at.texts):
+            return image, at.texts[index], 0
+        return image, b"", int(at.labels[index])
+
+    def where(self, index: int) -> str:
+        """Returns the path of a record."""
+        return os.fsdecode(self.index.paths[index])
 
 
 def _read(shards: ShardReader, *span: int) -> bytes:

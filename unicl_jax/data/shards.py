@@ -104,9 +104,19 @@ def _what_is_there(pattern: str, suffix: str) -> str:
     return f' (a folder with no "*{suffix}*"; it holds {", ".join(names) or "nothing"})'
 
 
-def open_shard(path: str):
-    """Opens a shard for reading and seeking; one thread at a time."""
-    return gfile().GFile(path, "rb") if is_remote(path) else open(path, "rb", 0)
+def open_shard(path: str, buffered: bool = False):
+    """Opens a file for reading bytes and seeking; one thread at a time.
+
+    Args:
+      path: local or remote.
+      buffered: for local files that are read line by line.
+
+    Returns:
+      The open file.
+    """
+    if is_remote(path):
+        return gfile().GFile(path, "rb")
+    return open(path, "rb", -1 if buffered else 0)
 
 
 @contextlib.contextmanager

@@ -1,21 +1,26 @@
-"""Sources read from files, from their settings: TFRecord, TFDS and WebDataset."""
+"""Sources read from files, from their settings: shards, class folders and tables."""
 
 from collections.abc import Mapping
-from importlib import resources
 
-from unicl_jax.data.decode import import_tensorflow
+import numpy as np
+from absl import logging
+
+from unicl_jax.data.decode import SEPARATOR, import_tensorflow
 from unicl_jax.data.indexing import index_tars, index_tfrecords
-from unicl_jax.data.readers import TFRecordReader, WebDatasetReader
+from unicl_jax.data.labels import load_class_names, number_cells, number_folders
+from unicl_jax.data.listing import FileIndex, Strings, list_class_folders
+from unicl_jax.data.readers import FileReader, TFRecordReader, WebDatasetReader
 from unicl_jax.data.records import KINDS
-from unicl_jax.data.shards import find_shards, gfile, is_remote
+from unicl_jax.data.shards import find_shards
 from unicl_jax.data.stream import FileSource
+from unicl_jax.data.tables import read_tables
 from unicl_jax.errors import InputError, choose, did_you_mean
 
 
 def make_file_source(
     name: str, config: Mapping, image_size: int, train: bool
 ) -> FileSource:
-    """Opens a source whose records lie in shard files.
+    """Opens a source whose records lie in files.
 
     Args:
       name: the source's name, for errors and logs.
@@ -23,12 +28,14 @@ def make_file_source(
         kind: "image_label" (the default) or "image_text".
         format: a key of FORMATS.
         path: a file, folder, glob, `{000..099}` range or a list of these; for tfds the
-          folder of a prepared version, e.g. ".../imagenet2012/5.1.0".
+          folder of a prepared version, e.g. ".../imagenet2012/5.1.0"; for folder the
+          one that holds the class folders.
         split: tfds only; default "train".
         fields: where `image`, `text` and `label` are, over the format's defaults.
         class_names: a list, the path of a text file with one name a line, or a key of
-          CLASS_NAMES.
+          labels.CLASS_NAMES; for folder and csv, see `labels.number_folders`, too.
         label_offset: the first class's label in the files; default 0.
+        root, delimiter: csv only; see `tables.read_tables`.
         preprocess: see `preprocess.make_preprocess`.
         max_skips_in_a_row: unreadable neighbours before the run stops; default 100.
         index_cache: folder that keeps the index of the shards; default none. Worth it
@@ -46,10 +53,7 @@ def make_file_source(
     kind = _kind(config)
     choose(dict.fromkeys(KINDS), kind, f'source "{name}": kind')
     make_reader = choose(FORMATS, config.get("format"), f'source "{name}": format')
-    reader, known_names = make_reader(name, config)
-    class_names = ()
-    if kind == "image_label":
-        class_names = load_class_names(name, config.get("class_names") or known_names)
+    reader, class_names = make_reader(name, config)
     reader.check_fields(name)
     return FileSource(
         name,
@@ -65,47 +69,6 @@ def make_file_source(
 
 def _kind(config: Mapping) -> str:
     return config.get("kind") or KINDS[0]  # an evaluation need not say
-
-
-# Names that ship with the package: TFDS, for one, knows ImageNet's classes by id only.
-CLASS_NAMES = {"imagenet": "imagenet.txt"}
-
-
-def load_class_names(source: str, value) -> tuple[str, ...]:
-    """Class names from a list, a text file with one a line, or a key of CLASS_NAMES.
-
-    Args:
-      source: the source's name, for errors.
-      value: what its config says.
-
-    Returns:
-      The names, in label order.
-
-    Raises:
-      InputError: if there is none, or a name is empty.
-    """
-    if isinstance(value, str) and value in CLASS_NAMES:
-        file = resources.files(__package__) / "class_names" / CLASS_NAMES[value]
-        value = file.read_text(encoding="utf-8").splitlines()
-    if isinstance(value, str):
-        try:
-            with gfile().GFile(value) if is_remote(value) else open(value) as file:
-                value = file.read().rstrip().splitlines()
-        except Exception as error:  # gfile has error types of its own
-            raise InputError(
-                f'source "{source}": class_names must be a list or a readable text '
-                f"file with one name a line: {value} is not ({error}); set "
-                "`class_names`."
-            ) from error
-    names = tuple(str(name).strip() for name in value or ())
-    if not all(names) or not names:
-        what = f"line {names.index('') + 1} is empty" if names else "got none"
-        raise InputError(
-            f'source "{source}": class_names must name every class of an image-label '
-            f"source: {what}; set `class_names` to a list or a text file with one name "
-            "a line."
-        )
-    return names
 
 
 def source_fields(source: str, config: Mapping) -> dict[str, str]:
@@ -144,6 +107,8 @@ _FIELDS = {
     "tfds": {"image": "image", "label": "label", "text": "caption"},
     # Extensions of members; of several for the image the first one present counts.
     "webdataset": {"image": "jpg;jpeg;png;webp", "label": "cls", "text": "txt"},
+    # Columns; "" takes one of tables.COLUMNS.
+    "csv": {"image": "", "label": "", "text": ""},
 }
 
 
@@ -151,7 +116,8 @@ def _make_tfrecord(source: str, config: Mapping):
     fields = source_fields(source, config)
     shards = find_shards(source, config.get("path"), "tfrecord")
     index = index_tfrecords(source, shards, cache=config.get("index_cache") or "")
-    return TFRecordReader(index, fields, int(config.get("label_offset") or 0)), ()
+    reader = TFRecordReader(index, fields, int(config.get("label_offset") or 0))
+    return reader, _class_names(source, config)
 
 
 def _make_tfds(source: str, config: Mapping):
@@ -193,8 +159,9 @@ def _make_tfds(source: str, config: Mapping):
         cache=config.get("index_cache") or "",
     )
     label = dict(info.features or {}).get(fields.get("label"))
-    names = tuple(getattr(label, "names", None) or ())
-    return TFRecordReader(index, fields, int(config.get("label_offset") or 0)), names
+    reader = TFRecordReader(index, fields, int(config.get("label_offset") or 0))
+    known = tuple(getattr(label, "names", None) or ())
+    return reader, _class_names(source, config, known)
 
 
 def _make_webdataset(source: str, config: Mapping):
@@ -212,11 +179,85 @@ def _make_webdataset(source: str, config: Mapping):
     cache = config.get("index_cache") or ""
     index = index_tars(source, shards, images, member, cache)
     offset = int(config.get("label_offset") or 0)
-    return WebDatasetReader(index, key, is_label, offset), ()
+    reader = WebDatasetReader(index, key, is_label, offset)
+    return reader, _class_names(source, config)
+
+
+def _make_folder(source: str, config: Mapping):
+    if _kind(config) != "image_label":
+        raise InputError(
+            f'source "{source}": format "folder" holds classes, not captions: got kind '
+            f'{_kind(config)}; set kind to "image_label", or format to "csv".'
+        )
+    folders, images, skipped = list_class_folders(source, config.get("path"))
+    names, numbers = number_folders(source, folders, config.get("class_names"))
+    counts = [len(found) for found in images]
+    index = FileIndex(
+        paths=Strings([path for found in images for path in found]),
+        labels=np.repeat(np.array(numbers), counts),
+        texts=Strings(),
+        damaged=skipped,
+    )
+    return FileReader(index, "`path`"), names
+
+
+def _make_csv(source: str, config: Mapping):
+    """A row is a record; with captions, the rows of one image are."""
+    fields = source_fields(source, config)
+    tables = find_shards(source, config.get("path"), ".csv")
+    root, delimiter = config.get("root") or "", config.get("delimiter") or ""
+    rows, skipped = read_tables(source, tables, fields, root, delimiter)
+    if "text" in fields:
+        captions = {}
+        for path, text in rows:
+            captions.setdefault(path, []).append(text.encode())
+        index = FileIndex(
+            paths=Strings([*captions]),
+            labels=np.zeros(0, np.int64),
+            texts=Strings([SEPARATOR.join(each) for each in captions.values()]),
+            damaged=skipped,
+        )
+        return FileReader(index, "`path` or `root`"), ()
+    names, labels = number_cells(
+        source,
+        {cell for _, cell in rows},
+        config.get("class_names"),
+        int(config.get("label_offset") or 0),
+    )
+    good = [(path, labels[cell]) for path, cell in rows if type(labels[cell]) is int]
+    unknown = [cell for _, cell in rows if type(labels[cell]) is not int]
+    skipped.update(labels[cell] for cell in unknown)
+    if not good:
+        raise InputError(
+            f'source "{source}": labels must be among the class_names, or their '
+            f'numbers: none of {len(rows)} is, as "{unknown[0]}"; set `class_names`, '
+            "`fields.label` or `label_offset`."
+        )
+    if unknown:
+        logging.warning(
+            'source "%s": %d rows are left out: "%s", for one, is no class.',
+            *(source, len(unknown), unknown[0]),
+        )
+    index = FileIndex(
+        paths=Strings([path for path, _ in good]),
+        labels=np.array([label for _, label in good]),
+        texts=Strings(),
+        damaged=skipped,
+    )
+    return FileReader(index, "`path` or `root`"), names
+
+
+def _class_names(source: str, config: Mapping, known: tuple[str, ...] = ()):
+    """The names of a source whose labels are numbers; () for image-text."""
+    if _kind(config) != "image_label":
+        return ()
+    return load_class_names(source, config.get("class_names") or known)
 
 
 FORMATS = {
     "tfrecord": _make_tfrecord,
     "tfds": _make_tfds,
     "webdataset": _make_webdataset,
+    "folder": _make_folder,
+    "csv": _make_csv,
 }

@@ -1,0 +1,199 @@
+"""Records that are image files of their own: in class folders, or named by a table.
+
+Both become a `FileIndex`, compact arrays with n entries, as `indexing` makes of shards.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from absl import logging
+
+from unicl_jax.data.shards import gfile, is_remote
+from unicl_jax.errors import InputError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+HIDDEN, NO_IMAGE, NO_CLASS_FOLDER = "hidden", "no image suffix", "in no class folder"
+_NOT_A_FILE, _UNREADABLE, _LOOP = "no file", "folder cannot be read", "link to itself"
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_NUM_THREADS = 16
+_NAMED = 5  # folders in a message
+
+
+class Strings:
+    """Bytes by index, in two arrays: a million paths are no million objects."""
+
+    def __init__(self, strings: Sequence[bytes] = ()):
+        """Joins them.
+
+        Args:
+          strings: n of them.
+        """
+        self._bytes = b"".join(strings)
+        self._ends = np.cumsum([0, *map(len, strings)])
+
+    def __len__(self) -> int:
+        """Returns n."""
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        """Returns the one at `index` in [0, n)."""
+        return self._bytes[self._ends[index] : self._ends[index + 1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileIndex:
+    """Which files there are, and what is said of each.
+
+    Attributes:
+      paths: n of them, as os.fsencode gives them.
+      labels: [n] int64; [0] where there are captions.
+      texts: n captions, several of a record joined by decode.SEPARATOR; or none.
+      damaged: reason -> count of what was left out.
+    """
+
+    paths: Strings
+    labels: np.ndarray
+    texts: Strings
+    damaged: collections.Counter
+
+    def __len__(self) -> int:
+        """Returns the number of records."""
+        return len(self.paths)
+
+
+def list_class_folders(
+    source: str, root: str
+) -> tuple[list[str], list[list[bytes]], collections.Counter]:
+    """Lists the images of a folder that holds one folder a class.
+
+    What is nested in a class's folder is the class's. Hidden entries, and files that
+    have not one of IMAGE_SUFFIXES, are left out and counted. No file is looked at.
+
+    Args:
+      source: the source's name, for errors.
+      root: local or remote.
+
+    Returns:
+      The class folders' names, sorted; the sorted paths of each one's images; reason ->
+      count of what was left out.
+
+    Raises:
+      InputError: if `root` is no such folder, or there is no image.
+    """
+    if not isinstance(root, str) or not root:
+        raise InputError(
+            f'source "{source}": path must be a folder that holds one folder a class: '
+            f"got {root!r}; set the source's `path`."
+        )
+    root = os.path.expanduser(root)
+    skipped = collections.Counter()
+    try:
+        files, folders = _list(root, skipped)
+    except Exception as error:  # gfile has error types of its own
+        raise InputError(
+            f'source "{source}": path must be a folder that holds one folder a class: '
+            f'"{root}" cannot be listed ({error}); set the source\'s `path`.'
+        ) from error
+    skipped[NO_CLASS_FOLDER] += len(files)
+    if folders and {name.lower() for name in folders} <= _SPLITS:
+        raise InputError(
+            f'source "{source}": path must be a folder that holds one folder a class: '
+            f'"{root}" holds {_some(folders)}, which are splits; set `path` to one of '
+            f'them, as in "{os.path.join(root, folders[0])}".'
+        )
+    # Remote folders wait on the network, so threads help; local ones hardly care.
+    with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+        parts = [*pool.map(lambda name: _walk(os.path.join(root, name)), folders)]
+    images = [found for found, _ in parts]
+    skipped = sum((count for _, count in parts), +skipped)
+    if not any(images):
+        raise InputError(
+            f'source "{source}": path must be a folder that holds one folder a class '
+            f'with images ({" ".join(IMAGE_SUFFIXES)}): "{root}" holds '
+            f"{_some(folders)} and no image in them{_counts(skipped)}; set the "
+            "source's `path`."
+        )
+    empty = [name for name, found in zip(folders, images, strict=True) if not found]
+    if empty:
+        logging.warning(
+            'source "%s": %s under %s: these classes have no image.',
+            *(source, _some(empty), root),
+        )
+    if skipped:
+        logging.warning('source "%s": left out%s.', source, _counts(skipped))
+    return folders, images, skipped
+
+
+def _walk(top: str) -> tuple[list[bytes], collections.Counter]:
+    """The sorted images below a folder, and what was left out."""
+    images, skipped, todo = [], collections.Counter(), [top]
+    while todo:
+        folder = todo.pop()
+        try:
+            files, folders = _list(folder, skipped)
+        except Exception:  # gfile has error types of its own
+            skipped[_UNREADABLE] += 1
+            continue
+        images += [os.fsencode(os.path.join(folder, name)) for name in files]
+        todo += [os.path.join(folder, name) for name in folders]
+    return sorted(images), skipped
+
+
+def _list(folder: str, skipped: collections.Counter) -> tuple[list[str], list[str]]:
+    """The names of image files, and the sorted ones of folders, in a folder."""
+    files, folders = [], []
+    for name, kind in _remote(folder) if is_remote(folder) else _local(folder):
+        if name.startswith("."):
+            skipped[HIDDEN] += 1
+        elif kind == "folder":
+            folders.append(name)
+        elif kind != "file":
+            skipped[kind] += 1
+        elif name.lower().endswith(IMAGE_SUFFIXES):
+            files.append(name)
+        else:
+            skipped[NO_IMAGE] += 1
+    return files, sorted(folders)
+
+
+def _local(folder: str) -> Iterator[tuple[str, str]]:
+    """Names and kinds; the kinds come with the names, but for links."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                is_loop = entry.is_symlink() and _is_above(entry.path, folder)
+                yield entry.name, _LOOP if is_loop else "folder"
+            else:  # a pipe of that name would be waited on for ever
+                yield entry.name, "file" if entry.is_file() else _NOT_A_FILE
+
+
+def _is_above(link: str, folder: str) -> bool:
+    target, folder = os.path.realpath(link), os.path.realpath(folder)
+    return os.path.commonpath([target, folder]) == target
+
+
+def _remote(folder: str) -> Iterator[tuple[str, str]]:
+    """Names and kinds; what is named as an image is not looked at."""
+    for name in gfile().listdir(folder):
+        # Buckets list their folders with a "/", other file systems without one.
+        is_folder = name.endswith("/")
+        name = name.rstrip("/")
+        if name and not is_folder and not name.lower().endswith(IMAGE_SUFFIXES):
+            is_folder = gfile().isdir(os.path.join(folder, name))
+        if name:
+            yield name, "folder" if is_folder else "file"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (", ".join(names[:_NAMED]) or "no folder") + more
+
+
+def _counts(skipped: collections.Counter) -> str:
+    counts = ", ".join(f"{n} x {reason}" for reason, n in skipped.most_common())
+    return f" ({counts})" if counts else ""
