@@ -102,6 +102,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             compiled_encoders,
         )
         for name, task in config.evaluations.items()
+        if task.path  # "" until it is set on the command line, say
     ]
 
     # 3. The step: one compiled function that takes the state and gives it back changed.
