@@ -160,7 +160,9 @@ def versions():
 def command(module):
     """The command line, without the folders of this machine."""
     arguments = [
-        re.sub(r"=/.*/", "=", argument) for argument in sys.argv[1:] if argument
+        re.sub(r"([=:])/[^,]*/", r"\1", argument)
+        for argument in sys.argv[1:]
+        if argument
     ]
     return " ".join([f"python -m {module}", *arguments])
 
