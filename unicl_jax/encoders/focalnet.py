@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from unicl_jax.encoders.depthwise import depthwise_convolution
 from unicl_jax.encoders.encoder import Encoder, from_linen
 from unicl_jax.encoders.layers import (
     DropPath,
@@ -61,8 +62,15 @@ def depthwise(
         kernel_init=uniform_fan_in,
         bias_init=_uniform(side**2),
         dtype=dtype,
+        conv_general_dilated=_depthwise,
         name=name,
     )
+
+
+def _depthwise(x, kernel, *settings, **more):
+    """In the place of lax.conv_general_dilated, whose settings these layers share."""
+    del settings, more
+    return depthwise_convolution(x, kernel)
 
 
 class FocalModulation(nn.Module):
