@@ -286,7 +286,7 @@ def test_a_text_tower_goes_out_by_itself_and_comes_back(both, tmp_path, monkeypa
     assert again.config["text"] == TEXT and "image" not in again.config
     # Its ids were ours, so that strings are; another's file of its layout says not.
     features = again.encode_text("a", normalize=False)
-    want, _ = encoders.text_tower(TEXT).apply(
+    want, _ = encoders.one_tower("text", TEXT).apply(
         both.params["text"], both.state["text"], jnp.asarray(both.tokenize("a"))
     )
     np.testing.assert_allclose(features, want, atol=1e-6)

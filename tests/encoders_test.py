@@ -18,8 +18,8 @@ from unicl_jax.encoders import (
     TEXT_TOWERS,
     bert,
     from_config,
-    image_tower,
     make_two_tower,
+    one_tower,
     resnet,
     swin,
     transformer,
@@ -768,7 +768,7 @@ def test_config_errors_name_the_field_and_the_choices(change, words):
 )
 def test_sizes_that_are_no_whole_numbers_are_told(option, value):
     config = dict(name="swin", embed_dim=12, depths=(1, 1), num_heads=(2, 4))
-    image_tower({**config, "image_size": 56})
-    image_tower({**config, "image_size": np.int64(56), "depths": [1, 1]})
+    one_tower("image", {**config, "image_size": 56})
+    one_tower("image", {**config, "image_size": np.int64(56), "depths": [1, 1]})
     with pytest.raises(InputError, match=f"model.image.{option} must be a .*: got"):
-        image_tower({**config, "image_size": 56, option: value})
+        one_tower("image", {**config, "image_size": 56, option: value})

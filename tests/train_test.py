@@ -29,6 +29,7 @@ from unicl_jax.data import sampler
 from unicl_jax.errors import InputError
 from unicl_jax.evaluation import Scores, zero_shot
 from unicl_jax.export import export
+from unicl_jax.workdir import prepare_workdir
 
 SIZE, STEPS = 16, 6
 COLOURS = {
@@ -543,7 +544,7 @@ def test_a_data_error_before_the_first_step_leaves_nothing_that_binds(
     with pytest.raises(OSError, match="no such disk"):
         train.run(make_config(), tmp_path)
     assert saved_steps(tmp_path) == []
-    config_lib.prepare_workdir(tmp_path, make_config(batch_size=8), write=True)
+    prepare_workdir(tmp_path, make_config(batch_size=8), write=True)
 
 
 @pytest.mark.parametrize(
@@ -564,7 +565,7 @@ def test_a_wrong_config_does_not_block_its_directory_for_the_right_one(
         train.run(make_config(**{field: value}), tmp_path / "run")
     assert saved_steps(tmp_path / "run") == []
     right = make_config()
-    assert config_lib.prepare_workdir(tmp_path / "run", right, write=True)
+    assert prepare_workdir(tmp_path / "run", right, write=True)
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_step_and_path(
@@ -572,7 +573,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_step_and_path(
 ):
     """As when someone copies checkpoints between directories."""
     config = make_config(model__text__num_layers=2)
-    config_lib.prepare_workdir(tmp_path, config, write=True)
+    prepare_workdir(tmp_path, config, write=True)
     (tmp_path / "checkpoints").symlink_to(whole[0] / "checkpoints")
     with pytest.raises(
         InputError, match="checkpoint 6.*must be of this model.*nothing"
@@ -639,7 +640,7 @@ def test_a_kill_in_the_first_save_does_not_lose_the_start(
     whole, make_config, tmp_path, capsys
 ):
     config = make_config(total_steps=3, evaluations={}, init_from=str(whole[0]))
-    config_lib.prepare_workdir(tmp_path / "run", config, write=True)
+    prepare_workdir(tmp_path / "run", config, write=True)
     (tmp_path / "run/checkpoints/2.orbax-checkpoint-tmp").mkdir(parents=True)
     train.run(config, tmp_path / "run")
     assert f"logit_scale from step 6 of {whole[0]}" in capsys.readouterr().out

@@ -398,7 +398,7 @@ def test_a_clip_without_places_is_told(clip):
 
 
 def image_features(found, images):
-    tower = encoders.image_tower(found.model["image"])
+    tower = encoders.one_tower("image", found.model["image"])
     run = jax.jit(lambda p, s, x: tower.apply(p["image"], s["image"], x)[0])
     return run(found.params, found.state, images.transpose(0, 2, 3, 1))
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from unicl_jax.config import has_saved
 from unicl_jax.errors import InputError
 from unicl_jax.step import TrainState
+from unicl_jax.workdir import has_saved
 
 
 class NotSaved(RuntimeError):

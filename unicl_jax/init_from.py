@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from unicl_jax import checkpoint, encoders, objectives
-from unicl_jax.config import saved_config
 from unicl_jax.encoders import weights
 from unicl_jax.encoders.weights.resize import SIZES, resized
 from unicl_jax.errors import InputError
 from unicl_jax.step import TrainState
+from unicl_jax.workdir import saved_config
 
 # Options of towers that arrays don't show: where a reader guesses, the config's count.
 GUESSED = ("num_heads", "activation")

@@ -77,11 +77,10 @@ class Model:
         self._crop_pct = self.config.get("crop_pct", crop_pct)
         self._text = None
         if "text" in self.config:
-            self._text = encoders.text_options(self.config["text"])
+            self._text = encoders.options("text", self.config["text"])
         if image is None or self._text is None:
             alone = "text" if image is None else "image"
-            build = encoders.text_tower if image is None else encoders.image_tower
-            tower = build(self.config[alone])
+            tower = encoders.one_tower(alone, self.config[alone])
             self.embed_dim, self.logit_scale = tower.width, 1.0
 
             def features(params, state, inputs):

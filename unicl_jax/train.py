@@ -18,6 +18,7 @@ from unicl_jax.checkpoint import Checkpoints, NotSaved
 from unicl_jax.metrics import ConsoleProgress, Metrics, StepTimer
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
+from unicl_jax.workdir import has_saved, prepare_workdir
 
 
 class NonFiniteLoss(RuntimeError):
@@ -54,15 +55,15 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     config_lib.validate(config, jax.device_count(), jax.process_count())
     objectives.check(config)
     model = encoders.from_config(config.model)
-    text = encoders.text_options(config.model.text)
+    text = encoders.options("text", config.model.text)
     text_length = config.data.text_length
     if "text" in objectives.OBJECTIVES[config.objective].unused:
         text_length = "full"  # one shape: each is a program to compile, for nothing
     slots = data.make_text_length(text_length, text)
     optimizer, schedule = make_optimizer(config.optimizer, config.total_steps)
-    workdir = config_lib.prepare_workdir(workdir, config, write=is_first)
+    workdir = prepare_workdir(workdir, config, write=is_first)
     starts = []
-    if not config_lib.has_saved(workdir):
+    if not has_saved(workdir):
         starts = init_from.read(config, model)
 
     # 2. Data: this process's rows of every batch, and the sets to be scored on.

@@ -220,15 +220,16 @@ class TrainIterator:
                 ):
                     texts[place] = captions[seed % len(captions)]
         batch = dict(image=images, label=labels)
-        tokens, is_cut = self._tokens(texts)
-        self._cut[step + 1] = is_cut.mean()
-        self._cut.pop(step + 1 - KEPT, None)
+        rows = np.arange(size)  # of tokens, by record
         if self._share_prompts:
             index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-            batch["text_index"] = np.array([index[text] for text in texts], np.int32)
+            rows = np.array([index[text] for text in texts], np.int32)
+            batch["text_index"] = rows
             texts = list(index)
             texts += texts[:1] * (self.text_slots - len(texts))
-            tokens, _ = self._tokens(texts)
+        tokens, is_cut = self._tokens(texts)
+        self._cut[step + 1] = is_cut[rows].mean()
+        self._cut.pop(step + 1 - KEPT, None)
         tokens = self._text_length.prepare(tokens, self._devices)
         return batch | dict(tokens=tokens)
 

@@ -39,6 +39,7 @@ IMAGE_TOWERS = {
     **{k: functools.partial(vit, **v) for k, v in _vit.VARIANTS.items()},
 }
 TEXT_TOWERS = {"transformer": transformer, "bert": bert}
+TOWERS = {"image": IMAGE_TOWERS, "text": TEXT_TOWERS}
 # Image towers without a size of their own.
 UNNAMED = ("swin", "focalnet", "klite_focal", "resnet", "vit")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -47,19 +48,20 @@ __all__ = [
     "DTYPES",
     "IMAGE_TOWERS",
     "TEXT_TOWERS",
+    "TOWERS",
     "Encoder",
     "Packed",
     "TwoTower",
     "bert",
     "focalnet",
     "from_config",
-    "image_tower",
     "klite_focal",
     "make_two_tower",
+    "one_tower",
+    "options",
     "pack",
     "resnet",
     "swin",
-    "text_tower",
     "transformer",
     "unit",
     "vit",
@@ -82,19 +84,20 @@ def from_config(config: Mapping) -> TwoTower:
     """
     dtype = choose(DTYPES, config["dtype"], "model.dtype")
     return make_two_tower(
-        _tower(IMAGE_TOWERS, config["image"], "model.image", dtype),
-        _tower(TEXT_TOWERS, config["text"], "model.text", dtype),
+        _tower("image", config["image"], dtype),
+        _tower("text", config["text"], dtype),
         embed_dim=config["embed_dim"],
         logit_scale_init=config["logit_scale_init"],
         logit_scale_max=config["logit_scale_max"],
     )
 
 
-def image_tower(config: Mapping, dtype: str = "float32") -> Encoder:
-    """Builds the image tower alone that `model.image` describes.
+def one_tower(which: str, config: Mapping, dtype: str = "float32") -> Encoder:
+    """Builds one of the towers that a config's `model` section describes, alone.
 
     Args:
-      config: a `name` from the menu and its options.
+      which: a key of TOWERS.
+      config: that tower's part of the section: a `name` from its menu, and options.
       dtype: a key of DTYPES.
 
     Returns:
@@ -103,64 +106,32 @@ def image_tower(config: Mapping, dtype: str = "float32") -> Encoder:
     Raises:
       InputError: as `from_config`.
     """
-    return _tower(
-        IMAGE_TOWERS, config, "model.image", choose(DTYPES, dtype, "model.dtype")
-    )
+    return _tower(which, config, choose(DTYPES, dtype, "model.dtype"))
 
 
-def text_tower(config: Mapping, dtype: str = "float32") -> Encoder:
-    """Builds the text tower alone that `model.text` describes.
+def options(which: str, config: Mapping) -> dict:
+    """All options of a tower that a config describes, defaults included.
 
     Args:
-      config: a `name` from the menu and its options.
-      dtype: a key of DTYPES.
+      which: a key of TOWERS.
+      config: as for `one_tower`.
 
     Returns:
-      The encoder.
+      The options by name, without "name".
 
     Raises:
-      InputError: as `from_config`.
+      InputError: for an unknown name.
     """
-    return _tower(
-        TEXT_TOWERS, config, "model.text", choose(DTYPES, dtype, "model.dtype")
-    )
-
-
-def image_options(config: Mapping) -> dict:
-    """All options of the image tower that `model.image` describes, defaults included.
-
-    Args:
-      config: a `name` from the menu and its options.
-
-    Returns:
-      The options by name, without "name".
-    """
-    return _options(IMAGE_TOWERS, config, "model.image")
-
-
-def text_options(config: Mapping) -> dict:
-    """All options of the text tower that `model.text` describes, defaults included.
-
-    Args:
-      config: a `name` from the menu and its options.
-
-    Returns:
-      The options by name, without "name".
-    """
-    return _options(TEXT_TOWERS, config, "model.text")
-
-
-def _options(menu, config, what):
-    factory = choose(menu, config["name"], f"{what}.name")
+    factory = choose(TOWERS[which], config["name"], f"model.{which}.name")
     parameters = inspect.signature(factory).parameters.items()
-    options = {k: p.default for k, p in parameters if p.default is not p.empty}
-    return {**options, **{k: v for k, v in config.items() if k != "name"}}
+    found = {k: p.default for k, p in parameters if p.default is not p.empty}
+    return {**found, **{k: v for k, v in config.items() if k != "name"}}
 
 
-def _tower(menu, config, what, dtype):
-    options = dict(config)
+def _tower(which, config, dtype):
+    what, options = f"model.{which}", dict(config)
     name = options.pop("name")
-    factory = choose(menu, name, f"{what}.name")
+    factory = choose(TOWERS[which], name, f"{what}.name")
     parameters = inspect.signature(factory).parameters
     known = set(parameters) - {"dtype"}
     for option, value in options.items():

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from unicl_jax import encoders
@@ -15,9 +14,16 @@ from unicl_jax.encoders.weights.files import read_arrays
 from unicl_jax.encoders.weights.folders import read_folder
 from unicl_jax.encoders.weights.layout import Layout, join_tree, split_tree
 from unicl_jax.encoders.weights.resize import SIZES, resized
+from unicl_jax.encoders.weights.section import (
+    MODEL,
+    check_changes,
+    different_options,
+    merged,
+    shapes,
+)
 from unicl_jax.encoders.weights.timm import RESNET_BACKBONE, SWIN_BACKBONE
 from unicl_jax.encoders.weights.unicl import UNICL
-from unicl_jax.errors import InputError, choose, did_you_mean
+from unicl_jax.errors import InputError, choose
 
 LAYOUTS = {
     layout.name: layout
@@ -38,7 +44,20 @@ STRANGERS = {
 }
 ABOUT = "unicl_jax.model"  # where a file that we wrote says what its model is
 
-__all__ = ["LAYOUTS", "Weights", "from_arrays", "layout_of", "read", "to_arrays"]
+__all__ = [
+    "LAYOUTS",
+    "MODEL",
+    "Weights",
+    "check_changes",
+    "different_options",
+    "from_arrays",
+    "layout_of",
+    "merged",
+    "read",
+    "read_and_told",
+    "shapes",
+    "to_arrays",
+]
 
 
 class Weights(NamedTuple):
@@ -120,33 +139,6 @@ def _about(path, said):
             f"`model` section ({error}); export it again."
         ) from error
     return told
-
-
-def check_changes(changes: Mapping[str, Any]) -> None:
-    """Refuses what says nothing of a model, and would be passed over.
-
-    Args:
-      changes: as for `from_arrays`.
-
-    Raises:
-      InputError: for a name that no `model` section has, or a tower without options.
-    """
-    if not isinstance(changes, Mapping):
-        raise InputError(
-            f"a model's options must have names: got {type(changes).__name__}; pass "
-            "them by their names."
-        )
-    for name, value in changes.items():
-        if name not in SECTION:
-            raise InputError(
-                f'a model has no option "{name}"; {did_you_mean(name, SECTION)} Those '
-                f'of a tower go as image={{"image_size": 384}}.'
-            )
-        if name in ("image", "text") and not isinstance(value, Mapping):
-            raise InputError(
-                f"{name} must be options of the {name} tower by name: got {value!r}; "
-                'pass them as image={"image_size": 384}.'
-            )
 
 
 def layout_of(arrays: Mapping[str, np.ndarray]) -> Layout:
@@ -232,33 +224,6 @@ def _unwrapped(arrays):
     return arrays
 
 
-def merged(model: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A `model` section with some options changed, those of towers one by one.
-
-    Args:
-      model: the section.
-      changes: to it, as {"text": {"num_heads": 4}, "embed_dim": 32}.
-
-    Returns:
-      The section, new.
-
-    Raises:
-      InputError: for a tower that the model does not have.
-    """
-    found = dict(model)
-    for section, options in changes.items():
-        if section in ("image", "text"):
-            if section not in model:
-                alone = "an image tower" if section == "text" else "a text tower"
-                raise InputError(
-                    f"options of a tower must be of one that is there: got {section}="
-                    f"{dict(options)} for {alone} alone; leave them out."
-                )
-            options = {**model[section], **options}
-        found[section] = options
-    return found
-
-
 def to_arrays(weights: Weights, layout: str) -> dict[str, np.ndarray]:
     """The arrays of a file in a layout; one tower's layout takes that tower alone.
 
@@ -293,7 +258,7 @@ def to_arrays(weights: Weights, layout: str) -> dict[str, np.ndarray]:
     )
     arrays = split_tree(family, {"params": params, "state": state})
     if "image" in towers:
-        arrays |= family.tables(encoders.image_options(model["image"]))
+        arrays |= family.tables(encoders.options("image", model["image"]))
     return arrays
 
 
@@ -312,73 +277,7 @@ def untold(weights: Weights, layout: str) -> dict[str, Any]:
     return {name: ours for name, _, ours in different_options(told, weights.model)}
 
 
-def different_options(
-    there: Mapping[str, Any], here: Mapping[str, Any]
-) -> list[tuple[str, Any, Any]]:
-    """Where two models' towers are not the same, but for how they learn.
-
-    Args:
-      there: a `model` section, of both towers or one.
-      here: another one, with those towers.
-
-    Returns:
-      (name, value there, value here), as ("text.num_heads", 8, 2); defaults included.
-    """
-    found = []
-    for tower, options in (
-        ("image", encoders.image_options),
-        ("text", encoders.text_options),
-    ):
-        if tower not in there:
-            continue
-        theirs, ours = options(there[tower]), options(here[tower])
-        found += [
-            (f"{tower}.{name}", theirs.get(name), value)
-            for name, value in ours.items()
-            if name not in OF_TRAINING and not _equal(theirs.get(name), value)
-        ]
-    return found
-
-
-def _equal(a, b):
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return list(a) == list(b)
-    return a == b
-
-
-# Options of towers that change how they learn or are computed, not what they are.
-OF_TRAINING = ("drop_path", "init_std", "remat", "scan", "dtype", "layer_scale")
-
-
-def shapes(model: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The parameters and the state that a model has, as shapes.
-
-    Args:
-      model: a config's `model` section, of both towers or one.
-
-    Returns:
-      (params, state), trees of ShapeDtypeStruct.
-    """
-    key = jax.random.key(0)
-    if "text" in model and "image" in model:
-        return jax.eval_shape(encoders.from_config({**MODEL, **model}).init, key)
-    if "image" in model:
-        name, tower = "image", encoders.image_tower(model["image"])
-    else:
-        name, tower = "text", encoders.text_tower(model["text"])
-    params, state = jax.eval_shape(tower.init, key)
-    return {name: params}, {name: state}
-
-
 PARTS = ("image", "text", "image_projection", "text_projection", "logit_scale")
-
-# What a `model` section says where a file says nothing.
-MODEL = {"logit_scale_init": 1.0, "logit_scale_max": None, "dtype": "float32"}
-# All that it can say.
-SECTION = (
-    *("image", "text", "embed_dim", *MODEL),
-    *("normalization", "crop_pct", "tokenizer", "text_padding"),
-)
 
 
 class _Fits(NamedTuple):

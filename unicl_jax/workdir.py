@@ -1,0 +1,93 @@
+"""A run's directory: whose it is, and what of it is there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from unicl_jax.config import FREE, default, flatten, to_json
+from unicl_jax.errors import InputError
+
+
+def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Path:
+    """Makes the run's directory, or makes sure that it is this run's.
+
+    Args:
+      workdir: the directory; made if it is not there.
+      config: the resolved config; saved as `config.json`.
+      write: whether this process writes (one of them does).
+
+    Returns:
+      The absolute path.
+
+    Raises:
+      InputError: if it cannot be written, holds something else, or holds a run with
+        another config (the message says which fields differ).
+    """
+    workdir = Path(workdir).absolute()
+    saved = workdir / "config.json"
+    temporary = workdir / "config.json.new"
+    if saved.is_file():
+        # A start that failed before it learnt anything binds nobody to its config.
+        if has_saved(workdir):
+            _check_same_run(workdir, saved, config)
+    elif workdir.is_dir() and (others := {*workdir.iterdir()} - {temporary}):
+        entries = ", ".join(sorted(p.name for p in others)[:3])
+        raise InputError(
+            f'--workdir must be new, empty, or a run of this config: "{workdir}" holds '
+            f"{entries} and no config.json; name another directory."
+        )
+    if not write:
+        return workdir
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(to_json(config))
+        temporary.replace(saved)  # at once: a kill leaves the old one or the new one
+    except OSError as error:
+        raise InputError(
+            f'--workdir must be a directory that can be written: "{workdir}" gave '
+            f"{error.strerror}; name another directory."
+        ) from error
+    return workdir
+
+
+def has_saved(workdir: str | Path) -> bool:
+    """Whether a run has a whole checkpoint: not one that a kill left half written."""
+    # Orbax writes to "6.orbax-checkpoint-tmp", and renames it to "6".
+    found = (Path(workdir) / "checkpoints").glob("[0-9]*")
+    return any(path.name.isdigit() for path in found)
+
+
+def saved_config(workdir: str | Path) -> dict[str, Any]:
+    """What a run's config.json holds; {} if that cannot be read."""
+    try:
+        found = json.loads((Path(workdir) / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_same_run(workdir, saved, config):
+    try:
+        old = flatten(json.loads(saved.read_text()))
+    except (OSError, ValueError, AttributeError) as error:  # the last: not a dict
+        raise InputError(
+            f'"{saved}" must hold a run\'s config: it cannot be read ({error}); name '
+            "another directory."
+        ) from error
+    new, defaults = flatten(config), flatten(default())
+    # A field that is newer than the run had its default's effect there.
+    old |= {k: v for k, v in defaults.items() if k in new and k not in old}
+    differ = [
+        f"  {key}: the run has {old.get(key, 'no such field')}, now "
+        f"{new.get(key, 'no such field')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, saved) != new.get(key, saved) and key.split(".")[0] not in FREE
+    ]
+    if differ:
+        raise InputError(
+            f'--workdir "{workdir}" holds a run with another config:\n'
+            + "\n".join(differ)
+            + "\nGo on with that run's values, or name another directory."
+        )
