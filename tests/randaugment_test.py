@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-tf = pytest.importorskip("tensorflow", reason="the ops under test are TensorFlow's")
+pytest.importorskip("cv2", reason="the ops under test are OpenCV's")
 Image = pytest.importorskip("PIL.Image", reason="it is the reference")
 from PIL import ImageEnhance, ImageOps  # noqa: E402
+from real_files import encoded  # noqa: E402
 
 from unicl_jax.data import preprocess, randaugment  # noqa: E402
 
@@ -71,26 +72,29 @@ PILLOW = {
 }
 
 
+def at_rim(moved):
+    """Pixels within one of the edge of what is moved, or of the picture."""
+    outside = np.pad((moved == FILL).all(2), 1, constant_values=True)
+    height, width = moved.shape[:2]
+    shifts = [outside[i : i + height, j : j + width] for i, j in np.ndindex(3, 3)]
+    return np.any(shifts, 0) & ~np.all(shifts, 0)
+
+
 @pytest.mark.parametrize("name", PILLOW)
 def test_every_op_equals_pillows(name):
     for image in (picture(), picture((33, 33), 0, 255)):
         for strength in STRENGTHS:
             for sign in (-1.0, 1.0):
                 expected = np.asarray(PILLOW[name](image, strength, sign)).astype(int)
-                found = randaugment.OPS[name](
-                    tf.constant(np.asarray(image)),
-                    tf.constant(strength, tf.float32),
-                    tf.constant(sign),
-                )
-                assert found.dtype == tf.uint8
-                difference = np.abs(found.numpy().astype(int) - expected)
-                # Both cut fractions off, and float32 against double falls on either
-                # side of a whole number: rarely, but for shifts by tenths of a pixel.
-                often = 0.1 if name in GEOMETRY else 0.005
-                assert (difference == 1).mean() < often, (strength, sign)
-                # A place may also fall on either side of the image's rim.
-                assert (difference > 1).mean() < 0.002, (strength, sign)
-                assert name in GEOMETRY or difference.max() <= 1
+                found = randaugment.OPS[name](np.asarray(image), strength, sign)
+                assert found.dtype == np.uint8
+                difference = np.abs(found.astype(int) - expected).max(2)
+                if name not in GEOMETRY:
+                    assert difference.max() == 0, (strength, sign)
+                    continue
+                # Pillow cuts fractions off, OpenCV rounds them; and it mixes the rim
+                # of the moved picture with what is around it.
+                assert difference[~at_rim(expected)].max() <= 2, (strength, sign)
 
 
 def test_the_ops_are_timms_fifteen():
@@ -101,15 +105,13 @@ def test_the_ops_are_timms_fifteen():
 def test_a_flat_image_has_no_contrast_to_stretch(value):
     flat = np.full((8, 8, 3), value, np.uint8)
     for name in ("auto_contrast", "equalize"):
-        found = randaugment.OPS[name](tf.constant(flat), 0.9, 1.0)
-        np.testing.assert_array_equal(found.numpy(), flat)
+        np.testing.assert_array_equal(randaugment.OPS[name](flat, 0.9, 1.0), flat)
 
 
 def augmented(image, seeds, **options):
     """Runs the whole policy over seeds."""
-    pixels = tf.constant(np.asarray(image))
-    run = tf.function(lambda seed: randaugment.randaugment(pixels, seed, **options))
-    return np.stack([run(tf.constant(seed, tf.int64)).numpy() for seed in seeds])
+    pixels = np.asarray(image)
+    return np.stack([randaugment.randaugment(pixels, k, **options) for k in seeds])
 
 
 def test_the_policy_is_a_function_of_the_seed():
@@ -134,9 +136,11 @@ def test_no_op_is_no_change():
 
 def test_erasing_puts_noise_into_one_rectangle_of_the_right_share():
     size, count = 64, 400
-    pixels = tf.fill([size, size, 3], tf.constant(255, tf.uint8))
-    run = tf.function(lambda seed: randaugment.random_erasing(pixels, seed, 0.25))
-    found = np.stack([run(tf.constant(i, tf.int64)).numpy() for i in range(count)])
+    pixels = np.full((size, size, 3), 255, np.uint8)
+    found = np.stack(
+        [randaugment.random_erasing(pixels, i, 0.25) for i in range(count)]
+    )
+    assert (pixels == 255).all()  # it makes a copy
     changed = (found != 255).any(3)
     erased = changed.any((1, 2))
     assert 0.16 < erased.mean() < 0.34  # binomial(400, 1/4) within 4 sigma
@@ -158,19 +162,18 @@ def test_erasing_puts_noise_into_one_rectangle_of_the_right_share():
 
 def test_the_settings_switch_augmentation_on_in_training_alone():
     image = picture((64, 64))
-    data = tf.io.encode_png(np.asarray(image))
+    data = encoded(image, "PNG")
     settings = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
     strong = {**settings, "randaugment": {"num_ops": 3}, "erasing": 1.0}
     plain, changed = (
-        tf.function(preprocess.make_preprocess("made", s, 64, train=True))
+        preprocess.make_preprocess("made", s, 64, train=True)
         for s in (settings, strong)
     )
-    seeds = [tf.constant(i, tf.int64) for i in range(8)]
-    assert all((plain(data, s).numpy() == np.asarray(image)).all() for s in seeds)
-    assert all((changed(data, s).numpy() != np.asarray(image)).any() for s in seeds)
+    assert all((plain(data, s) == np.asarray(image)).all() for s in range(8))
+    assert all((changed(data, s) != np.asarray(image)).any() for s in range(8))
     centre = preprocess.make_preprocess("made", strong, 56, train=False)
     expected = np.asarray(image)[4:60, 4:60]
-    np.testing.assert_array_equal(centre(data, seeds[0]).numpy(), expected)
+    np.testing.assert_array_equal(centre(data, 0), expected)
     with pytest.raises(ValueError, match='did you mean "magnitude"'):
         wrong = {"randaugment": {"magnitud": 9}}
         preprocess.make_preprocess("made", wrong, 64, train=True)

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from unicl_jax.data.decode import import_tensorflow
 from unicl_jax.data.shards import gfile, written_whole
 from unicl_jax.data.sources import source_fields
+from unicl_jax.data.tensorflow import import_tensorflow
 
 COLOURS = {
     "red": (214, 39, 40),

@@ -1,7 +1,7 @@
 """Readers: one record of a format, by its index.
 
-`read(index)` is plain Python and returns (payload, text, label); `parse` turns these
-into (image bytes, text, label) as TensorFlow ops; `explain` says what a payload lacks.
+`read(index)` returns (image bytes, captions joined by SEPARATOR, label), or raises
+Unreadable. It is called from many threads at once.
 """
 
 import json
@@ -9,10 +9,11 @@ import operator
 import os
 from collections.abc import Mapping
 
-from unicl_jax.data.decode import SEPARATOR, import_tensorflow, parse_example
 from unicl_jax.data.indexing import Index
 from unicl_jax.data.listing import FileIndex
+from unicl_jax.data.records import SEPARATOR
 from unicl_jax.data.shards import ShardReader, open_shard
+from unicl_jax.data.tensorflow import import_tensorflow
 from unicl_jax.errors import InputError
 
 _NUM_PROBED = 8  # records looked at before a missing field is called a wrong setting
@@ -49,35 +50,22 @@ class TFRecordReader:
         self._shards = ShardReader(index.shards)
 
     def read(self, index: int) -> tuple[bytes, bytes, int]:
-        """Returns the serialized example; text and label come out in `parse`."""
-        at = self.index
-        span = int(at.shard[index]), int(at.offset[index]), int(at.size[index])
-        return _read(self._shards, *span), b"", 0
-
-    def parse(self, payload, text, label):
-        """Returns the image bytes, joined captions and label as tensors."""
-        del text, label
-        image, text, label = parse_example(
-            payload,
-            self.fields["image"],
-            self.fields.get("text"),
-            self.fields.get("label"),
-        )
-        return image, text, label - self._label_offset
-
-    def explain(self, payload: bytes) -> str:
-        """Returns what `parse` misses in `payload`, a reason for `skipped`; or ""."""
-        features = self.features(payload)
+        """Returns the image bytes, the captions joined by SEPARATOR, the label."""
+        features = self._features(index)
         if features is None:
-            return "not a tf.Example"
+            raise Unreadable("not a tf.Example")
+        values = {}
         for role, field in self.fields.items():
             kind = features[field].WhichOneof("kind") if field in features else None
             if kind != _EXAMPLE_KINDS[role]:
-                return f'no field "{field}"'
-            num = len(getattr(features[field], kind).value)
-            if role != "text" and num != 1:
-                return f"{num} values of {role}"
-        return ""
+                raise Unreadable(f'no field "{field}"')
+            values[role] = getattr(features[field], kind).value
+            if role != "text" and len(values[role]) != 1:
+                raise Unreadable(f"{len(values[role])} values of {role}")
+        image = values["image"][0]
+        if "text" in values:
+            return image, SEPARATOR.join(values["text"]), 0
+        return image, b"", values["label"][0] - self._label_offset
 
     def check_fields(self, source: str) -> None:
         """Stops if the first records all lack a field: a setting, not damage.
@@ -91,7 +79,7 @@ class TFRecordReader:
         found = {}
         for index in range(min(_NUM_PROBED, len(self.index))):
             try:
-                features = self.features(self.read(index)[0]) or {}
+                features = self._features(index) or {}
             except Unreadable:
                 continue
             found.update({key: f.WhichOneof("kind") for key, f in features.items()})
@@ -105,23 +93,23 @@ class TFRecordReader:
                     f"the source's `fields.{role}`."
                 )
 
-    def features(self, payload: bytes) -> Mapping | None:
-        """Returns the features of a tf.Example by name, None if it is none."""
-        tf = import_tensorflow()
+    def _features(self, index: int) -> Mapping | None:
+        """The features of a record by name, None if it is no tf.Example."""
+        at = self.index
+        span = int(at.shard[index]), int(at.offset[index]), int(at.size[index])
+        payload = _read(self._shards, *span)
         try:
-            return tf.train.Example.FromString(payload).features.feature
+            return (
+                import_tensorflow().train.Example.FromString(payload).features.feature
+            )
         except Exception:  # protobuf's DecodeError moves between its versions
             return None
 
 
 class _PartsReader:
-    """What readers share whose `read` takes a record apart by itself."""
+    """What readers share whose records have no names of their fields."""
 
     settings = "`fields`"  # what to mend where no record can be read
-
-    def parse(self, payload, text, label):
-        """Returns its arguments: `read` has taken them apart already."""
-        return payload, text, label
 
     def check_fields(self, source: str) -> None:
         """Stops if none of a few records can be read: a setting, not damage.
@@ -146,11 +134,6 @@ class _PartsReader:
             f"{min(_NUM_PROBED, num)} records none does: {found}; set the source's "
             f"{self.settings}."
         )
-
-    def explain(self, payload: bytes) -> str:
-        """Returns "": what could be missing, `read` has missed."""
-        del payload
-        return ""
 
 
 class WebDatasetReader(_PartsReader):

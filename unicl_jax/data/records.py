@@ -16,6 +16,8 @@ from unicl_jax.losses import NO_LABEL
 __all__ = ["KINDS", "NO_LABEL", "Request", "Rows", "Source"]
 
 KINDS = ("image_label", "image_text")
+# Captions of one record are joined by this: 0xff is in no valid UTF-8 text.
+SEPARATOR = b"\xff\x00\xff"
 
 
 class Request(NamedTuple):

@@ -70,7 +70,7 @@ def _uint64(key):
     return np.asarray(key).astype(np.int64).astype(np.uint64)
 
 
-def _absorb(state: int, key: int) -> int:
+def absorb(state: int, key: int) -> int:
     """One key of `hash_bits`, in Python's integers: for one number they are faster."""
     state = (state + _GOLDEN + key) & _MASK
     state = ((state ^ (state >> 30)) * _FIRST) & _MASK
@@ -83,8 +83,8 @@ def _round_states(length: int, *keys: int) -> list[np.ndarray]:
     """What each round of `permute` has of `hash_bits` before it sees a position."""
     states = []
     for round_number in range(_ROUNDS):
-        key = functools.reduce(_absorb, (length, *keys, round_number), _START)
-        state = _absorb(_START, key) + _GOLDEN
+        key = functools.reduce(absorb, (length, *keys, round_number), _START)
+        state = absorb(_START, key) + _GOLDEN
         states.append(np.array([state & _MASK], np.uint64))
     return states
 

@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
-from unicl_jax.data.decode import import_tensorflow
+from unicl_jax.data.tensorflow import import_tensorflow
 from unicl_jax.errors import InputError
 
 _MAX_OPEN_FILES = 256  # below the common limit of 1024 a process

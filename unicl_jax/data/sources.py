@@ -5,21 +5,20 @@ from collections.abc import Mapping
 import numpy as np
 from absl import logging
 
-from unicl_jax.data.decode import SEPARATOR, import_tensorflow
 from unicl_jax.data.indexing import index_tars, index_tfrecords
 from unicl_jax.data.labels import load_class_names, number_cells, number_folders
 from unicl_jax.data.listing import FileIndex, Strings, list_class_folders
 from unicl_jax.data.readers import FileReader, TFRecordReader, WebDatasetReader
-from unicl_jax.data.records import KINDS
+from unicl_jax.data.records import KINDS, SEPARATOR
 from unicl_jax.data.shards import find_shards
-from unicl_jax.data.stream import FileSource
 from unicl_jax.data.tables import read_tables
+from unicl_jax.data.tensorflow import import_tensorflow
 from unicl_jax.errors import InputError, choose, did_you_mean
 
 
 def make_file_source(
     name: str, config: Mapping, image_size: int, train: bool
-) -> FileSource:
+) -> "FileSource":  # noqa: F821
     """Opens a source whose records lie in files.
 
     Args:
@@ -55,7 +54,7 @@ def make_file_source(
     make_reader = choose(FORMATS, config.get("format"), f'source "{name}": format')
     reader, class_names = make_reader(name, config)
     reader.check_fields(name)
-    return FileSource(
+    return _file_source()(
         name,
         kind,
         class_names,
@@ -65,6 +64,18 @@ def make_file_source(
         train=train,
         max_skips_in_a_row=int(config.get("max_skips_in_a_row") or 100),
     )
+
+
+def _file_source():
+    """The class, whose room needs what the extra "data" installs."""
+    try:
+        from unicl_jax.data.stream import FileSource
+    except ImportError as error:
+        raise InputError(
+            f"reading image files needs OpenCV and simplejpeg: {error}; run "
+            '`pip install "unicl_jax[data]"`.'
+        ) from error
+    return FileSource
 
 
 def _kind(config: Mapping) -> str:

@@ -1,29 +1,35 @@
 """From requests to rows in one tf.data pipeline, with a stand-in for what is broken."""
 
 import collections
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
 
 import numpy as np
 
-from unicl_jax.data.decode import SEPARATOR, import_tensorflow
 from unicl_jax.data.preprocess import make_preprocess
 from unicl_jax.data.readers import Unreadable
-from unicl_jax.data.records import NO_LABEL, Request, Rows
+from unicl_jax.data.records import NO_LABEL, SEPARATOR, Request, Rows
+from unicl_jax.data.tensorflow import import_tensorflow
 from unicl_jax.errors import InputError
 
-_CHUNK = 16  # records handed from TensorFlow to Python at once
-_MARKER = -1  # the place of what stands behind the last row of a request
-_READ_AHEAD = 32  # chunks; 77 MB at 224 pixels, where AUTOTUNE may take half the memory
+_CHUNK = 16  # records that a thread takes at once
+_READ_AHEAD = 32  # chunks; 77 MB at 224 pixels
 
 
-class _Pending(NamedTuple):
-    """A request whose rows are under way, and the rows that have arrived."""
+class _Pending:
+    """A request whose rows are under way, filled by the pipeline's threads."""
 
-    number: int  # of the request in the stream
-    request: Request
-    rows: Rows
-    is_filled: np.ndarray
+    def __init__(self, request: Request, image_size: int):
+        """Makes room for the rows; each place of it is written by one thread."""
+        num = len(request.indices)
+        self.request = request
+        self.rows = Rows(
+            images=np.empty([num, image_size, image_size, 3], np.uint8),
+            texts=[()] * num,
+            labels=np.full([num], NO_LABEL, np.int32),
+        )
+        self.is_filled = np.zeros([num], bool)
+        self.failure = None
 
 
 class FileSource:
@@ -41,7 +47,7 @@ class FileSource:
         train: bool,
         max_skips_in_a_row: int = 100,
     ):
-        """Builds the ops once; `stream` starts the threads.
+        """Checks the settings; `stream` starts the threads.
 
         Args:
           name: the source's name.
@@ -53,7 +59,6 @@ class FileSource:
           train: random crops and flips, or the centre crop.
           max_skips_in_a_row: neighbours tried in place of an unreadable record.
         """
-        tf = import_tensorflow()
         self.name = name
         self.kind = kind
         self.class_names = tuple(class_names)
@@ -61,25 +66,7 @@ class FileSource:
         self._reader = reader
         self._image_size = image_size
         self._max_skips_in_a_row = max_skips_in_a_row
-        pixels = make_preprocess(name, preprocess, image_size, train)
-
-        # One graph for the stream and for replacements, so that both round alike. No
-        # AutoGraph: nothing here needs it, and where it fails it prints what it saw,
-        # the whole environment with it.
-        @tf.function(
-            autograph=False,
-            input_signature=[
-                tf.TensorSpec([], tf.string),
-                tf.TensorSpec([], tf.string),
-                tf.TensorSpec([], tf.int64),
-                tf.TensorSpec([], tf.int64),
-            ],
-        )
-        def process(payload, text, label, seed):
-            image, text, label = reader.parse(payload, text, label)
-            return pixels(image, seed), text, label
-
-        self._process = process
+        self._preprocess = make_preprocess(name, preprocess, image_size, train)
 
     def __len__(self) -> int:
         """Returns the number of records, readable or not."""
@@ -100,81 +87,54 @@ class FileSource:
         Raises:
           InputError: if an index is out of range or too many neighbours are unreadable.
         """
-        pending = collections.deque()  # appended by the pipeline, emptied here
+        pending = {}  # by number of the request in the stream
         failures = []
 
         def take_requests():
             try:
                 for number, request in enumerate(requests):
-                    indices, seeds = self._check(request)
-                    pending.append(self._new_pending(number, Request(indices, seeds)))
-                    # Behind the rows go markers, enough to fill the chunk: no request,
-                    # not even an empty one, waits for a later one.
-                    places = np.append(np.arange(len(indices)), [_MARKER] * _CHUNK)
-                    yield (
-                        np.full_like(places, number),
-                        places,
-                        np.append(indices, [0] * _CHUNK),
-                        np.append(seeds, [0] * _CHUNK),
-                    )
+                    request = self._check(request)
+                    pending[number] = _Pending(request, self._image_size)
+                    size = len(request.indices)
+                    # A request without records is a chunk, too.
+                    for start in range(0, max(size, 1), _CHUNK):
+                        yield number, start, start + _CHUNK >= size
             except Exception as error:  # the pipeline passes over errors: keep it here
                 failures.append(error)
 
-        for chunk in self._pipeline(take_requests).as_numpy_iterator():
-            for number, place, image, text, label in zip(*chunk, strict=True):
-                if place != _MARKER:
-                    self._fill(pending[0], place, image, text, label)
-                elif pending and number == pending[0].number:  # its first marker
-                    yield self._finish(pending.popleft())
+        def load(number, start, is_last):
+            part = pending[int(number)]
+            try:
+                self._load_chunk(part, int(start))
+            except Exception as error:
+                part.failure = error
+            return number, is_last
+
+        for number, is_last in self._pipeline(take_requests, load):
+            if is_last:
+                yield self._finish(pending.pop(int(number)))
         if failures:
             raise failures[0]
 
-    def _pipeline(self, take_requests):
+    def _pipeline(self, take_requests, load):
+        """Numbers of chunks, in order, once `load` has filled their rows."""
         tf = import_tensorflow()
-
-        def read(index):
-            try:
-                payload, text, label = self._reader.read(int(index))
-            except Unreadable:
-                payload, text, label = b"", b"", 0  # `process` fails on it
-            # As objects: numpy's own bytes type drops trailing zeros.
-            return (
-                np.array(payload, object),
-                np.array(text, object),
-                np.int64(label),
-            )
-
-        def load(index, seed):
-            parts = tf.numpy_function(
-                read, [index], [tf.string, tf.string, tf.int64], stateful=False
-            )
-            parts = [tf.ensure_shape(part, []) for part in parts]
-            return self._process(*parts, seed)
-
-        nothing = tf.zeros([self._image_size, self._image_size, 3], tf.uint8)
-
-        def load_row(number, place, index, seed):
-            image, text, label = tf.cond(
-                place == _MARKER,
-                lambda: (nothing, tf.constant(b""), tf.constant(0, tf.int64)),
-                lambda: load(index, seed),
-            )
-            return number, place, image, text, label
-
-        vectors = (tf.TensorSpec([None], tf.int64),) * 4
+        spec = [tf.TensorSpec([], tf.int64)] * 2 + [tf.TensorSpec([], tf.bool)]
         dataset = tf.data.Dataset.from_generator(
-            take_requests, output_signature=vectors
+            take_requests, output_signature=tuple(spec)
         )
-        dataset = dataset.unbatch()
-        dataset = dataset.map(
-            tf.autograph.experimental.do_not_convert(load_row),
-            num_parallel_calls=tf.data.AUTOTUNE,
-            deterministic=True,
-        )
-        dataset = dataset.ignore_errors()  # drops what fails: `_finish` sees the gaps
-        return dataset.batch(_CHUNK).prefetch(_READ_AHEAD)
 
-    def _check(self, request: Request) -> tuple[np.ndarray, np.ndarray]:
+        # Pixels don't pass through TensorFlow, which would copy them twice. No
+        # AutoGraph: where it fails it prints what it saw, the whole environment too.
+        @tf.autograph.experimental.do_not_convert
+        def load_chunk(*chunk):
+            return tf.numpy_function(load, chunk, [tf.int64, tf.bool], stateful=False)
+
+        threads = len(os.sched_getaffinity(0))
+        dataset = dataset.map(load_chunk, num_parallel_calls=threads)
+        return dataset.prefetch(_READ_AHEAD).as_numpy_iterator()
+
+    def _check(self, request: Request) -> Request:
         indices = np.asarray(request.indices, np.int64)
         seeds = np.asarray(request.seeds, np.int64)
         if indices.ndim != 1 or indices.shape != seeds.shape:
@@ -187,29 +147,34 @@ class FileSource:
                 f'source "{self.name}": indices must lie in [0, {len(self)}): got '
                 f"{indices.min()} to {indices.max()}; mend the sampler."
             )
-        return indices, seeds
+        return Request(indices, seeds)
 
-    def _new_pending(self, number: int, request: Request) -> _Pending:
-        num, size = len(request.indices), self._image_size
-        rows = Rows(
-            images=np.zeros([num, size, size, 3], np.uint8),
-            texts=[()] * num,
-            labels=np.full([num], NO_LABEL, np.int32),
-        )
-        return _Pending(number, request, rows, np.zeros([num], bool))
+    def _load_chunk(self, pending: _Pending, start: int) -> None:
+        indices, seeds = (part[start : start + _CHUNK] for part in pending.request)
+        for row, (index, seed) in enumerate(zip(indices, seeds, strict=True), start):
+            try:
+                self._fill(pending, row, *self._load(int(index), int(seed)))
+            except Unreadable:
+                pass  # `_finish` replaces it
 
-    def _fill(self, pending: _Pending, row: int, image, text: bytes, label: int):
+    def _load(self, index: int, seed: int):
+        """The pixels, captions and label of a record, or raises Unreadable."""
+        data, text, label = self._reader.read(index)
+        texts, label = self._check_target(text, label)
         try:
-            texts, label = self._check_target(text, int(label))
-        except Unreadable:
-            return  # `_finish` replaces it
+            image = self._preprocess(data, seed)
+        except ValueError as error:
+            raise Unreadable("image cannot be decoded") from error
+        return image, texts, label
+
+    def _fill(self, pending: _Pending, row: int, image, texts, label: int):
         pending.rows.images[row] = image
         pending.rows.texts[row] = texts
         pending.rows.labels[row] = label
         pending.is_filled[row] = True
 
     def _check_target(self, text: bytes, label: int) -> tuple[tuple[str, ...], int]:
-        """Returns the captions and the label of a row, or raises Unreadable."""
+        """Returns the captions and the label of a record, or raises Unreadable."""
         if self.kind == "image_label":
             if not 0 <= label < len(self.class_names):
                 raise Unreadable("label out of range")
@@ -224,6 +189,8 @@ class FileSource:
         return captions, NO_LABEL
 
     def _finish(self, pending: _Pending) -> Rows:
+        if pending.failure is not None:
+            raise pending.failure
         for row in np.flatnonzero(~pending.is_filled):
             index, seed = (int(part[row]) for part in pending.request)
             self._fill(pending, row, *self._replacement(index, seed))
@@ -248,19 +215,3 @@ class FileSource:
             f"row may be unreadable: from record {index} on got {counts}; check the "
             f"source's files and `fields`{hint}, or raise `max_skips_in_a_row`."
         )
-
-    def _load(self, index: int, seed: int):
-        """Loads one record outside of the pipeline, or raises Unreadable."""
-        tf = import_tensorflow()
-        payload, text, label = self._reader.read(index)
-        reason = self._reader.explain(payload)
-        if reason:
-            raise Unreadable(reason)
-        try:
-            image, text, label = self._process(payload, text, label, seed)
-        # TensorFlow quotes bytes in its messages, which may be no UTF-8.
-        except (tf.errors.OpError, UnicodeDecodeError) as error:
-            raise Unreadable("image cannot be decoded") from error
-        text, label = text.numpy(), int(label)
-        self._check_target(text, label)
-        return image.numpy(), text, label
