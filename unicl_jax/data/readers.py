@@ -98,10 +98,9 @@ class TFRecordReader:
         at = self.index
         span = int(at.shard[index]), int(at.offset[index]), int(at.size[index])
         payload = _read(self._shards, *span)
+        example = import_tensorflow().train.Example
         try:
-            return (
-                import_tensorflow().train.Example.FromString(payload).features.feature
-            )
+            return example.FromString(payload).features.feature
         except Exception:  # protobuf's DecodeError moves between its versions
             return None
 
