@@ -19,12 +19,12 @@ START = time.perf_counter()
 class Worker:
     """An object in a process of its own; `ask` calls its methods."""
 
-    def __init__(self, make, *args):
-        """Starts the process, which runs `make(*args)`."""
+    def __init__(self, make, *args, daemon=True):
+        """Starts the process, which runs `make(*args)`; a daemon has no children."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, make, args), daemon=True
+            target=_serve, args=(theirs, make, args), daemon=daemon
         )
         self._process.start()
         theirs.close()
@@ -138,8 +138,8 @@ def load(seconds=2.0):
     return (used() - start) / os.sysconf("SC_CLK_TCK") / seconds
 
 
-def versions():
-    """Of Python and the libraries compared."""
+def versions(*more):
+    """Of Python and the libraries compared, and more of them."""
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in (
         "jax",
@@ -149,6 +149,7 @@ def versions():
         "timm",
         "transformers",
         "open_clip_torch",
+        *more,
     ):
         try:
             versions[name] = importlib.metadata.version(name)
