@@ -68,6 +68,34 @@ def test_a_label_offset_makes_the_first_class_zero(tmp_path):
     assert source.class_names == tuple(CLASSES)
 
 
+def test_the_common_layouts_of_tfrecords_need_no_fields(tmp_path):
+    image, meta = encoded(picture(4)), dict(key=b"000000001", status=b"success")
+    layouts = {
+        # As img2dataset writes them, with its columns of other kinds.
+        "jpg": dict(jpg=image, caption=b"a dog", label=3, width=60, **meta),
+        "png": dict(png=encoded(picture(4), "PNG"), text=b"a dog", cls=3, **meta),
+        "slim": dict(image__encoded=image, image__class__label=3, txt=b"a dog"),
+        # What is named alike but holds something else is passed over.
+        "class": {**dict(image=image, label=b"x"), "class": 3, "caption": b"a dog"},
+    }
+    for name, fields in layouts.items():
+        write_tfrecord(tmp_path / name, [example(**fields)])
+        source = captioned(tmp_path / name, fields={})
+        (rows,) = read(source, [0])
+        assert shown(rows.images) == [4] and rows.texts == [("a dog",)]
+        source = labelled(tmp_path / name, fields={})
+        assert read(source, [0])[0].labels.tolist() == [3]
+    write_tfrecord(tmp_path / "none", [example(picture=image, caption=b"x")])
+    with pytest.raises(
+        InputError,
+        match='fields.image must.*"image/encoded" or "image" or "jpg".* is none in the '
+        r"first 8 records, which hold caption \(bytes_list\), picture",
+    ):
+        captioned(tmp_path / "none", fields={})
+    source = captioned(tmp_path / "none", fields={"image": "photo;picture"})
+    assert shown(read(source, [0])[0].images) == [4]
+
+
 def test_several_captions_of_a_record_stay_apart_and_whole(tmp_path):
     captions = ["a dog", "ein Hund – größer\x00!", "犬 🐶"]
     listed = [c.encode() for c in captions]
@@ -130,6 +158,26 @@ def test_a_prepared_tfds_folder_brings_its_class_names_and_splits(tmp_path):
     np.testing.assert_array_equal(some.labels, rows.labels[10:20])
     with pytest.raises(InputError, match='split must exist.*got "trian".*train'):
         make_file_source("birds", {**config, "split": "trian"}, SIZE, train=False)
+
+
+def test_a_prepared_tfds_dataset_goes_by_its_name(tmp_path, monkeypatch):
+    pytest.importorskip("tensorflow_datasets", reason="the format under test")
+    birds = {"kind": "image_label", "format": "tfds", "preprocess": CENTRE}
+    made = made_up.write_made_up({"birds": birds}, str(tmp_path), 9, seed=0)["birds"]
+    home = tmp_path / "made_up"
+    monkeypatch.setenv("TFDS_DATA_DIR", str(home))
+    whole = make_file_source("birds", {**birds, "path": made["path"]}, SIZE, False)
+    for name in ("birds", "birds:1.0.0", "birds:1.*.*"):
+        source = make_file_source("birds", {**birds, "path": name}, SIZE, False)
+        assert source.class_names == made_up.NAMES
+        (one,), (two,) = read(source, range(9)), read(whole, range(9))
+        np.testing.assert_array_equal(one.images, two.images)
+    for name in ("birds:2.0.0", "mnist", "no_such_birds", "no_such/config:1.0.0"):
+        said = f"{name}.* is not in {home}; run `tfds build {name}`.*download_and_prep"
+        with pytest.raises(InputError, match=said):
+            make_file_source("birds", {**birds, "path": name}, SIZE, False)
+    with pytest.raises(InputError, match="must be the folder of a prepared TFDS"):
+        make_file_source("birds", {**birds, "path": "/no/such"}, SIZE, False)
 
 
 @pytest.mark.parametrize("form", ["tfrecord", "tfds", "webdataset"])

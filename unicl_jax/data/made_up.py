@@ -58,6 +58,7 @@ def write_made_up(
         if write is None:
             continue
         fields = source_fields(name, config)
+        fields = {role: field.split(";")[0] for role, field in fields.items()}
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         concepts = rng.permutation(np.arange(num_records) % len(NAMES))
         records = [(draw(int(concept), rng), int(concept)) for concept in concepts]
@@ -209,7 +210,7 @@ def _nested(features: Mapping):
 
 
 def _write_webdataset(folder, name, config, fields, records) -> str:
-    extension = fields["image"].split(";")[0].strip(" .")
+    extension = fields["image"].strip(" .")
     member, _, key = fields["label" if "label" in fields else "text"].partition(".")
     for shard in range(_NUM_SHARDS):
         path = f"{folder}/{name}-{shard:05d}.tar"

@@ -41,11 +41,12 @@ class TFRecordReader:
 
         Args:
           index: of the shards.
-          fields: feature names by "image" and "text" or "label".
+          fields: feature names by "image" and "text" or "label"; of several with ";"
+            between them, `check_fields` finds the one that is there.
           label_offset: the first class's label in the files.
         """
         self.index = index
-        self.fields = fields
+        self.fields = dict(fields)
         self._label_offset = label_offset
         self._shards = ShardReader(index.shards)
 
@@ -68,7 +69,7 @@ class TFRecordReader:
         return image, b"", values["label"][0] - self._label_offset
 
     def check_fields(self, source: str) -> None:
-        """Stops if the first records all lack a field: a setting, not damage.
+        """Finds each field; stops if the first records all lack it: a setting.
 
         Args:
           source: the source's name, for the error.
@@ -83,15 +84,18 @@ class TFRecordReader:
             except Unreadable:
                 continue
             found.update({key: f.WhichOneof("kind") for key, f in features.items()})
-        for role, field in self.fields.items():
-            if found.get(field) != _EXAMPLE_KINDS[role]:
+        for role, names in self.fields.items():
+            fits = [n for n in names.split(";") if found.get(n) == _EXAMPLE_KINDS[role]]
+            if not fits:
                 menu = ", ".join(f"{k} ({v})" for k, v in sorted(found.items()))
+                wanted = '" or "'.join(names.split(";"))
                 raise InputError(
                     f'source "{source}": fields.{role} must name a '
-                    f'{_EXAMPLE_KINDS[role]} field: "{field}" is none in the first '
+                    f'{_EXAMPLE_KINDS[role]} field: "{wanted}" is none in the first '
                     f"{_NUM_PROBED} records, which hold {menu or 'no tf.Example'}; set "
                     f"the source's `fields.{role}`."
                 )
+            self.fields[role] = fits[0]
 
     def _features(self, index: int) -> Mapping | None:
         """The features of a record by name, None if it is no tf.Example."""

@@ -13,6 +13,7 @@ from unicl_jax.data.records import KINDS, SEPARATOR
 from unicl_jax.data.shards import find_shards
 from unicl_jax.data.tables import read_tables
 from unicl_jax.data.tensorflow import import_tensorflow
+from unicl_jax.data.tfds_folder import read_info
 from unicl_jax.errors import InputError, choose, did_you_mean
 
 
@@ -27,8 +28,8 @@ def make_file_source(
         kind: "image_label" (the default) or "image_text".
         format: a key of FORMATS.
         path: a file, folder, glob, `{000..099}` range or a list of these; for tfds the
-          folder of a prepared version, e.g. ".../imagenet2012/5.1.0"; for folder the
-          one that holds the class folders.
+          folder of a version, e.g. ".../imagenet2012/5.1.0", or the name of what is
+          there, "imagenet2012:5.1.0"; for folder the one that holds the class folders.
         split: tfds only; default "train".
         fields: where `image`, `text` and `label` are, over the format's defaults.
         class_names: a list, the path of a text file with one name a line, or a key of
@@ -90,7 +91,8 @@ def source_fields(source: str, config: Mapping) -> dict[str, str]:
       config: the source's settings, `kind` and `format` already checked.
 
     Returns:
-      The field of "image" and of "label" (image-label) or "text" (image-text).
+      The field of "image" and of "label" (image-label) or "text" (image-text); of
+      several names with ";" between them, the first one present counts.
 
     Raises:
       InputError: if `fields` has an unknown role.
@@ -109,11 +111,12 @@ def source_fields(source: str, config: Mapping) -> dict[str, str]:
 
 
 _FIELDS = {
-    # As the ImageNet scripts of TensorFlow name them.
+    # Of several, the first one there counts: as TensorFlow's ImageNet scripts and
+    # img2dataset name them.
     "tfrecord": {
-        "image": "image/encoded",
-        "label": "image/class/label",
-        "text": "caption",
+        "image": "image/encoded;image;jpg;jpeg;png;webp;image_bytes",
+        "label": "image/class/label;label;cls;class",
+        "text": "caption;text;txt;image/caption",
     },
     "tfds": {"image": "image", "label": "label", "text": "caption"},
     # Extensions of members; of several for the image the first one present counts.
@@ -133,23 +136,9 @@ def _make_tfrecord(source: str, config: Mapping):
 
 def _make_tfds(source: str, config: Mapping):
     import_tensorflow()
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise InputError(
-            f'source "{source}": format "tfds" needs tensorflow_datasets: it cannot be '
-            f'imported ({error}); run `pip install "unicl_jax[data]"`.'
-        ) from error
     fields = source_fields(source, config)
     path, split = config.get("path"), config.get("split") or "train"
-    try:
-        info = tfds.builder_from_directory(path).info
-    except Exception as error:  # whatever TFDS finds wrong
-        raise InputError(
-            f'source "{source}": path must be the folder of a prepared TFDS version '
-            f"(it holds dataset_info.json): got {path!r} ({error}); prepare the data "
-            "with TFDS or set `path`."
-        ) from error
+    info = read_info(source, path)
     file_format = info.file_format and info.file_format.value
     if file_format not in (None, "tfrecord"):
         raise InputError(
