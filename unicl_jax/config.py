@@ -3,7 +3,7 @@
 import json
 import math
 import runpy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -355,16 +355,35 @@ def _check_fields(config):
         for name, source in group.items():
             needed = ["format", "path"]
             needed += ["kind"] if what == "data.sources" else ["templates"]
-            missing = [key for key in needed if key not in source]
-            if missing:
-                raise InputError(f"{what}.{name} must say {', '.join(missing)}.")
-            names = SOURCE_FIELDS["all"] + SOURCE_FIELDS.get(source.format, ())
-            for field in source if source.format in SOURCE_FIELDS else ():
-                if field not in names:
-                    raise InputError(
-                        f'{what}.{name}: a {source.format} source has no "{field}"; '
-                        f"{did_you_mean(field, names)}"
-                    )
+            check_source(what, name, source, needed)
+
+
+def check_source(
+    group: str, name: str, source: Mapping[str, Any], needed: Iterable[str]
+) -> None:
+    """Checks which fields a source or an evaluation has, not what they hold.
+
+    Args:
+      group: where it stands, for errors.
+      name: its name there.
+      source: its fields.
+      needed: those that it must have.
+
+    Raises:
+      InputError: naming the field.
+    """
+    missing = [key for key in needed if key not in source]
+    if missing:
+        raise InputError(f"{group}.{name} must say {', '.join(missing)}.")
+    form = source["format"]
+    names = SOURCE_FIELDS["all"] + SOURCE_FIELDS.get(form, ())
+    for field, value in source.items() if form in SOURCE_FIELDS else ():
+        # What is empty says nothing: a recipe's fields may be of another format.
+        if field not in names and any(flatten({field: value}).values()):
+            raise InputError(
+                f'{group}.{name}: a {form} source has no "{field}"; '
+                f"{did_you_mean(field, names)}"
+            )
 
 
 _OF_FILES = ("class_names", "preprocess", "max_skips_in_a_row")
@@ -379,6 +398,7 @@ SOURCE_FIELDS = {
     "tfds": (*_OF_SHARDS, "split"),
     "folder": _OF_FILES,
     "csv": (*_OF_FILES, "fields", "root", "delimiter", "label_offset"),
+    "prepared": ("preprocess", "max_skips_in_a_row"),
 }
 SECTIONS = ("model", "data", "augment", "strong_augment", "optimizer")
 

@@ -109,14 +109,14 @@ class ArraySource:
 
 
 def make_npz_source(
-    name: str, config: Mapping, image_size: int, train: bool
+    name: str, config: Mapping, image_size: int | None, train: bool
 ) -> ArraySource:
     """Reads a `.npz` file: `images`, and `labels` with `class_names`, or `texts`.
 
     Args:
       name: the source's name.
       config: `kind` and `path`; `class_names` may stand here, too.
-      image_size: what the images must be, pixels.
+      image_size: what the images must be, pixels; None: whatever they are.
       train: not used: nothing is cropped here.
 
     Returns:
@@ -155,7 +155,7 @@ def make_npz_source(
                 f'"{path}" holds a single {arrays[key].dtype}.'
             )
     images = arrays["images"]
-    if images.shape[1:3] != (image_size, image_size):
+    if image_size and images.shape[1:3] != (image_size, image_size):
         raise InputError(
             f'source "{name}": images must be {image_size} x {image_size}, '
             "data.image_size or else model.image.image_size: got "

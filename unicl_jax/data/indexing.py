@@ -159,7 +159,8 @@ def _index(source, shards, arguments, scan, cache) -> Index:
     key = repr((list(shards), sizes, list(arguments)))
     kept = f"{cache}/{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     if cache and (gfile().exists(kept) if is_remote(kept) else os.path.exists(kept)):
-        return _load(kept, tuple(shards))
+        with open_shard(kept) as file:
+            return index_from_bytes(file.read(), tuple(shards))
     # Remote files wait on the network, so threads help; local ones hardly care.
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
         parts = list(pool.map(scan, shards, *zip(*arguments, strict=True)))
@@ -187,27 +188,36 @@ def _index(source, shards, arguments, scan, cache) -> Index:
         damaged=sum((part.damaged for part in parts), collections.Counter()),
     )
     if cache:
-        _save(kept, index)
+        gfile().makedirs(os.path.dirname(kept))
+        with written_whole(kept) as partial, gfile().GFile(partial, "wb") as file:
+            file.write(index_to_bytes(index))
     return index
 
 
 _ARRAYS = ("shard", "offset", "size", "text_offset", "text_size")
 
 
-def _save(path: str, index: Index) -> None:
+def index_to_bytes(index: Index) -> bytes:
+    """An index as the bytes of an .npz file, without the shards' paths."""
     buffer = io.BytesIO()
     arrays = {name: getattr(index, name) for name in _ARRAYS}
     reasons = np.array(list(index.damaged), np.str_)
     counts = np.array(list(index.damaged.values()), np.int64)
     np.savez(buffer, reasons=reasons, counts=counts, **arrays)
-    gfile().makedirs(os.path.dirname(path))
-    with written_whole(path) as partial, gfile().GFile(partial, "wb") as file:
-        file.write(buffer.getvalue())
+    return buffer.getvalue()
 
 
-def _load(path: str, shards: tuple[str, ...]) -> Index:
-    with open_shard(path) as file:
-        arrays = dict(np.load(io.BytesIO(file.read())))
+def index_from_bytes(data: bytes, shards: tuple[str, ...]) -> Index:
+    """The index that `index_to_bytes` wrote.
+
+    Args:
+      data: the bytes.
+      shards: paths, in the order they had.
+
+    Returns:
+      The index.
+    """
+    arrays = dict(np.load(io.BytesIO(data)))
     damaged = zip(arrays.pop("reasons"), arrays.pop("counts"), strict=True)
     counter = collections.Counter(
         {str(reason): int(count) for reason, count in damaged}

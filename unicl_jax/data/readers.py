@@ -1,7 +1,7 @@
 """Readers: one record of a format, by its index.
 
 `read(index)` returns (image bytes, captions joined by SEPARATOR, label), or raises
-Unreadable. It is called from many threads at once.
+Unreadable. It is called from many threads at once. `key` says where a record lies.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from unicl_jax.data.indexing import Index
 from unicl_jax.data.listing import FileIndex
-from unicl_jax.data.records import SEPARATOR
+from unicl_jax.data.records import NO_LABEL, SEPARATOR
 from unicl_jax.data.shards import ShardReader, open_shard
 from unicl_jax.data.tensorflow import import_tensorflow
 from unicl_jax.errors import InputError
@@ -31,6 +31,37 @@ class Unreadable(Exception):
         """
         super().__init__(reason)
         self.reason = reason
+
+
+def check_target(
+    kind: str, num_classes: int, text: bytes, label: int
+) -> tuple[tuple[str, ...], int]:
+    """Takes a record's captions apart, or checks its label.
+
+    Args:
+      kind: one of records.KINDS.
+      num_classes: of an image-label source.
+      text: captions, joined by SEPARATOR.
+      label: an integer.
+
+    Returns:
+      The captions without what surrounds them, and NO_LABEL; or () and the label.
+
+    Raises:
+      Unreadable: if there is none, or it is none.
+    """
+    if kind == "image_label":
+        if not 0 <= label < num_classes:
+            raise Unreadable("label out of range")
+        return (), label
+    try:
+        captions = [part.decode().strip() for part in text.split(SEPARATOR)]
+    except UnicodeDecodeError as error:
+        raise Unreadable("caption is no UTF-8") from error
+    captions = tuple(caption for caption in captions if caption)
+    if not captions:
+        raise Unreadable("empty caption")
+    return captions, NO_LABEL
 
 
 class TFRecordReader:
@@ -67,6 +98,11 @@ class TFRecordReader:
         if "text" in values:
             return image, SEPARATOR.join(values["text"]), 0
         return image, b"", values["label"][0] - self._label_offset
+
+    def key(self, index: int) -> str:
+        """Returns the shard of a record and where it starts there."""
+        at = self.index
+        return f"{at.shards[at.shard[index]]}#{at.offset[index]}"
 
     def check_fields(self, source: str) -> None:
         """Finds each field; stops if the first records all lack it: a setting.
@@ -113,6 +149,10 @@ class _PartsReader:
     """What readers share whose records have no names of their fields."""
 
     settings = "`fields`"  # what to mend where no record can be read
+
+    def key(self, index: int) -> str:
+        """Returns where a record lies."""
+        return self.where(index)
 
     def check_fields(self, source: str) -> None:
         """Stops if none of a few records can be read: a setting, not damage.
@@ -189,6 +229,10 @@ class WebDatasetReader(_PartsReader):
     def where(self, index: int) -> str:
         """Returns the tar of a record."""
         return self.index.shards[self.index.shard[index]]
+
+    def key(self, index: int) -> str:
+        """Returns the tar of a record and where its image starts there."""
+        return f"{self.where(index)}#{self.index.offset[index]}"
 
 
 class FileReader(_PartsReader):

@@ -8,6 +8,7 @@ from absl import logging
 from unicl_jax.data.indexing import index_tars, index_tfrecords
 from unicl_jax.data.labels import load_class_names, number_cells, number_folders
 from unicl_jax.data.listing import FileIndex, Strings, list_class_folders
+from unicl_jax.data.prepared import open_prepared
 from unicl_jax.data.readers import FileReader, TFRecordReader, WebDatasetReader
 from unicl_jax.data.records import KINDS, SEPARATOR
 from unicl_jax.data.shards import find_shards
@@ -29,7 +30,8 @@ def make_file_source(
         format: a key of FORMATS.
         path: a file, folder, glob, `{000..099}` range or a list of these; for tfds the
           folder of a version, e.g. ".../imagenet2012/5.1.0", or the name of what is
-          there, "imagenet2012:5.1.0"; for folder the one that holds the class folders.
+          there, "imagenet2012:5.1.0"; for folder the one that holds the class folders;
+          for prepared what `python -m unicl_jax.prepare` wrote.
         split: tfds only; default "train".
         fields: where `image`, `text` and `label` are, over the format's defaults.
         class_names: a list, the path of a text file with one name a line, or a key of
@@ -50,14 +52,10 @@ def make_file_source(
       InputError: if a setting is wrong, no record is found, or the fields are not those
         of the files.
     """
-    kind = _kind(config)
-    choose(dict.fromkeys(KINDS), kind, f'source "{name}": kind')
-    make_reader = choose(FORMATS, config.get("format"), f'source "{name}": format')
-    reader, class_names = make_reader(name, config)
-    reader.check_fields(name)
+    reader, class_names = open_reader(name, config)
     return _file_source()(
         name,
-        kind,
+        _kind(config),
         class_names,
         reader,
         preprocess=config.get("preprocess") or {},
@@ -65,6 +63,26 @@ def make_file_source(
         train=train,
         max_skips_in_a_row=int(config.get("max_skips_in_a_row") or 100),
     )
+
+
+def open_reader(name: str, config: Mapping):
+    """Indexes a source and says how its records are read.
+
+    Args:
+      name: the source's name, for errors.
+      config: the source's settings, as for `make_file_source`.
+
+    Returns:
+      A reader of `data.readers`, and the class names; () for image-text.
+
+    Raises:
+      InputError: as `make_file_source`.
+    """
+    choose(dict.fromkeys(KINDS), _kind(config), f'source "{name}": kind')
+    make_reader = choose(FORMATS, config.get("format"), f'source "{name}": format')
+    reader, class_names = make_reader(name, config)
+    reader.check_fields(name)
+    return reader, class_names
 
 
 def _file_source():
@@ -247,6 +265,13 @@ def _make_csv(source: str, config: Mapping):
     return FileReader(index, "`path` or `root`"), names
 
 
+def _make_prepared(source: str, config: Mapping):
+    kind = _kind(config)
+    index, names = open_prepared(source, config.get("path"), kind)
+    other = "label" if kind == "image_label" else "text"
+    return TFRecordReader(index, {"image": "image", other: other}, 0), names
+
+
 def _class_names(source: str, config: Mapping, known: tuple[str, ...] = ()):
     """The names of a source whose labels are numbers; () for image-text."""
     if _kind(config) != "image_label":
@@ -260,4 +285,5 @@ FORMATS = {
     "webdataset": _make_webdataset,
     "folder": _make_folder,
     "csv": _make_csv,
+    "prepared": _make_prepared,
 }

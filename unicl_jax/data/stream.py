@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 
 from unicl_jax.data.preprocess import make_preprocess
-from unicl_jax.data.readers import Unreadable
-from unicl_jax.data.records import NO_LABEL, SEPARATOR, Request, Rows
+from unicl_jax.data.readers import Unreadable, check_target
+from unicl_jax.data.records import NO_LABEL, Request, Rows
 from unicl_jax.data.tensorflow import import_tensorflow
 from unicl_jax.errors import InputError
 
@@ -160,7 +160,7 @@ class FileSource:
     def _load(self, index: int, seed: int):
         """The pixels, captions and label of a record, or raises Unreadable."""
         data, text, label = self._reader.read(index)
-        texts, label = self._check_target(text, label)
+        texts, label = check_target(self.kind, len(self.class_names), text, label)
         try:
             image = self._preprocess(data, seed)
         except ValueError as error:
@@ -172,21 +172,6 @@ class FileSource:
         pending.rows.texts[row] = texts
         pending.rows.labels[row] = label
         pending.is_filled[row] = True
-
-    def _check_target(self, text: bytes, label: int) -> tuple[tuple[str, ...], int]:
-        """Returns the captions and the label of a record, or raises Unreadable."""
-        if self.kind == "image_label":
-            if not 0 <= label < len(self.class_names):
-                raise Unreadable("label out of range")
-            return (), label
-        try:
-            captions = [part.decode().strip() for part in text.split(SEPARATOR)]
-        except UnicodeDecodeError as error:
-            raise Unreadable("caption is no UTF-8") from error
-        captions = tuple(caption for caption in captions if caption)
-        if not captions:
-            raise Unreadable("empty caption")
-        return captions, NO_LABEL
 
     def _finish(self, pending: _Pending) -> Rows:
         if pending.failure is not None:
