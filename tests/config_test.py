@@ -137,6 +137,40 @@ def test_a_number_out_of_range_is_refused_by_name_and_value(field, value, must):
     assert f"got {value}" in message
 
 
+@pytest.mark.parametrize(
+    "synonyms",
+    [None, "", "gs://a/names.txt", (("a", "b"), ("c", "d", "e")), [["a", "b"]]],
+)
+def test_synonyms_are_a_file_or_groups(synonyms):
+    config = good()
+    config.data.synonyms = synonyms
+    validate(config, DEVICES)
+    assert json.loads(to_json(config))["data"]["synonyms"] == flatten(config).get(
+        "data.synonyms"
+    )
+
+
+@pytest.mark.parametrize(
+    "synonyms",
+    [("sofa", "couch"), (("sofa",),), ((1, 2),), 3, {"sofa": "couch"}, (None,)],
+)
+def test_synonyms_of_another_form_are_refused(synonyms):
+    config = good()
+    config.data.synonyms = synonyms
+    message = refusal(config)
+    assert message.startswith("data.synonyms must be a text file's path, or groups of")
+    assert 'write (("sofa", "couch")' in message
+
+
+def test_captions_are_told_apart_by_row_or_by_text():
+    config = good()
+    for identity in ("row", "text"):
+        config.data.caption_identity = identity
+        validate(config, DEVICES)
+    config.data.caption_identity = "txt"
+    assert 'data.caption_identity: got "txt"; did you mean "text"?' in refusal(config)
+
+
 def test_what_is_frozen_is_a_tuple_of_parts_and_not_all_of_them():
     config = good()
     put(config, "frozen", "image")

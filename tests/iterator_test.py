@@ -102,18 +102,6 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(a[key], b[key])
 
 
-# --- Concepts.
-
-
-def test_names_that_say_the_same_are_one_concept():
-    table = make_concept_table({"animals": ANIMALS, "things": THINGS})
-    assert table.names == ("Dog", "cat", "Great white shark", "spoon", "cup")
-    assert table.of_source["animals"].tolist() == [0, 1, 2]
-    assert table.of_source["things"].tolist() == [3, 0, 4, 3]
-    assert table.of_source["things"].dtype == np.int32
-    assert table.merged == (("things", "dog"), ("things", "spoon"))
-
-
 # --- What is in a batch.
 
 

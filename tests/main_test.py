@@ -191,8 +191,8 @@ def test_the_command_trains_without_tensorflow_and_says_what_came_of_it(uninterr
     assert f"step {STEPS}/{STEPS}" in out
     assert re.search(r"fashion .* 10 ", out)  # the table: ten ways
     assert "curves.png" in out
-    expected = ["checkpoints", "config.json", "curves.png", "metrics.jsonl"]
-    expected += ["predictions.png", "tensorboard"]
+    expected = ["checkpoints", "concepts.json", "config.json", "curves.png"]
+    expected += ["metrics.jsonl", "predictions.png", "tensorboard"]
     assert sorted(p.name for p in workdir.iterdir()) == expected
 
 

@@ -268,6 +268,11 @@ def test_a_short_run_prints_every_line(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_names_with_brackets_are_no_styles(capsys):
+    ConsoleProgress(10, 0).say('class "[/dog] [red]" joined')
+    assert capsys.readouterr().out == 'class "[/dog] [red]" joined\n'
+
+
 def test_an_inactive_process_prints_nothing(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes it for a terminal
     progress = ConsoleProgress(10, 0, active=False)

@@ -297,7 +297,7 @@ def test_row_labels_make_every_caption_a_class_of_its_own():
 
 def test_a_class_that_was_not_trained_on_is_named(make_mesh):
     objective = setup("cross_entropy")[2]
-    encoders = make_encoders(model(), make_mesh(1), objective, ["Bag", "sneaker"])
+    encoders = make_encoders(model(), make_mesh(1), objective, {"bag": 0, "sneaker": 1})
     config = dict(format="quickstart", path="fashion_mnist")
     source = make_source("fashion_mnist", config, 32, train=False)
     with pytest.raises(InputError, match="8 of 10 are not among them.*Leave"):

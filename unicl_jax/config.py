@@ -21,6 +21,7 @@ FREE = (
     "checkpoints_kept",
     "evaluations",
 )
+CAPTION_IDENTITIES = ("row", "text")
 
 
 def default() -> ConfigDict:
@@ -57,6 +58,12 @@ def default() -> ConfigDict:
     # One prompt a class and step, and each distinct text of a batch encoded once;
     # otherwise one prompt a record, as in the paper.
     c.data.share_prompts = False
+    # Names of one concept beside equal ones: groups of names, or a text file, a group a
+    # line, tabs between its names.
+    c.data.synonyms = placeholder(object)
+    # Whose positive a caption is: "row", its own image's alone; "text", also that of
+    # every row of the batch with an equal caption. One of CAPTION_IDENTITIES.
+    c.data.caption_identity = "row"
     # Slots a text takes: "full", the tower's context_length; "bucket", the batch's
     # longest; "pack", several texts share a row. The embeddings are the same.
     c.data.text_length = "full"
@@ -213,6 +220,7 @@ def validate(config: ConfigDict, num_devices: int, num_processes: int = 1) -> No
         )
     _check_numbers(config)
     _check_views(config)
+    _check_concepts(config.data)
     if config.data.share_prompts and num_processes > 1:
         raise InputError(
             "data.share_prompts needs a single process: got "
@@ -275,6 +283,29 @@ def _check_views(config):
             "a frozen tower must have learnt before: frozen is "
             f"{tuple(config.frozen)} and init_from is not set; pass "
             "--config.init_from= and the workdir of a run, or a weights file."
+        )
+
+
+def _check_concepts(data):
+    """What makes rows positives of each other."""
+    choose(
+        dict.fromkeys(CAPTION_IDENTITIES),
+        data.caption_identity,
+        "data.caption_identity",
+    )
+    groups = data.synonyms
+    if groups is None or isinstance(groups, str):
+        return
+    fits = isinstance(groups, tuple | list) and all(
+        isinstance(group, tuple | list)
+        and len(group) > 1
+        and all(isinstance(name, str) for name in group)
+        for group in groups
+    )
+    if not fits:
+        raise InputError(
+            "data.synonyms must be a text file's path, or groups of two names or more: "
+            f'got {groups!r}; write (("sofa", "couch"), ("airplane", "aeroplane")).'
         )
 
 

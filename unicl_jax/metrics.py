@@ -197,7 +197,8 @@ class ConsoleProgress:
 
     def say(self, *things) -> None:
         """Prints above the line."""
-        self.console.print(*things)
+        # Names may hold brackets, which would be taken for styles.
+        self.console.print(*things, markup=False)
 
     def close(self) -> None:
         """Takes the live line away."""

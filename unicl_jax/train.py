@@ -18,7 +18,7 @@ from unicl_jax.checkpoint import Checkpoints, NotSaved
 from unicl_jax.metrics import ConsoleProgress, Metrics, StepTimer
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
-from unicl_jax.workdir import has_saved, prepare_workdir
+from unicl_jax.workdir import has_saved, keep_concepts, prepare_workdir
 
 
 class NonFiniteLoss(RuntimeError):
@@ -81,13 +81,14 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         process_count=jax.process_count(),
         local_devices=jax.local_device_count(),
     )
-    concepts = batches.concepts.names
+    concepts = batches.concepts
+    keep_concepts(workdir, concepts, write=is_first)
     objective = objectives.make_objective(
-        config.objective, model, mesh, num_concepts=len(concepts)
+        config.objective, model, mesh, num_concepts=len(concepts.names)
     )
     normalization = config.model.normalization
     compiled_encoders = evaluation.make_encoders(
-        model, mesh, objective, concepts, normalization
+        model, mesh, objective, concepts.index, normalization
     )
 
     def prompt_tokens(texts):
@@ -204,8 +205,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             progress.say(f"going on from step {first_step} of {config.total_steps}")
         for said in started_from:
             progress.say(said)
-        for source, name in batches.concepts.merged:
-            progress.say(f'{source}: class "{name}" joins the concept of that name')
+        for said in concepts.describe():
+            progress.say(said)
         if 0 < first_step < config.total_steps:
             # A stop or a kill comes between a checkpoint and its evaluation.
             if first_step % config.evaluate_every_steps == 0:

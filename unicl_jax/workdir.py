@@ -2,12 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 from unicl_jax.config import FREE, default, flatten, to_json
 from unicl_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from unicl_jax.data import ConceptTable
+
+_NAMED = 5  # differences in a message
 
 
 def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Path:
@@ -50,6 +55,55 @@ def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Pat
             f"{error.strerror}; name another directory."
         ) from error
     return workdir
+
+
+def keep_concepts(workdir: Path, table: "ConceptTable", write: bool) -> None:
+    """Saves a run's concept table, or makes sure that it is still the same.
+
+    A class list may lie in a file, which may change between two starts: the rows of a
+    classifier, say, would then belong to other classes, and nobody would know.
+
+    Args:
+      workdir: of the run; `concepts.json` is written, unless it is there already. A run
+        without a checkpoint is not bound to it.
+      table: of this start; one without concepts leaves no file.
+      write: whether this process writes (one of them does).
+
+    Raises:
+      InputError: if the run has another table, whose first differences are named, or
+        the file cannot be read or written.
+    """
+    path = workdir / "concepts.json"
+    if path.is_file() and has_saved(workdir):
+        try:
+            differ = table.differences(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(
+                f'"{path}" must hold a run\'s concepts: it cannot be read '
+                f"({error!r}); delete it, and it is written anew."
+            ) from error
+        if differ:
+            more = len(differ) - _NAMED
+            raise InputError(
+                f'--workdir "{workdir}" holds a run whose labels mean something else:\n'
+                + "\n".join(f"  {line}" for line in differ[:_NAMED])
+                + (f"\n  and {more} more" if more > 0 else "")
+                + "\nGo on with the class names of that run (its concepts.json has "
+                "them), or name another directory."
+            )
+        return
+    if not write or not table.names:
+        return
+    temporary = workdir / "concepts.json.new"
+    try:
+        text = json.dumps(table.to_dict(), indent=1, ensure_ascii=False)
+        temporary.write_text(text + "\n", "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(
+            f'--workdir must be a directory that can be written: "{workdir}" gave '
+            f"{error.strerror}; name another directory."
+        ) from error
 
 
 def has_saved(workdir: str | Path) -> bool:

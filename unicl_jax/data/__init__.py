@@ -19,6 +19,7 @@ from unicl_jax.data.quickstart import make_quickstart_source
 from unicl_jax.data.records import Source
 from unicl_jax.data.sources import FORMATS as FILE_FORMATS
 from unicl_jax.data.sources import make_file_source
+from unicl_jax.data.synonyms import load_synonyms
 from unicl_jax.data.text_length import (
     TEXT_LENGTHS,
     cut,
@@ -87,7 +88,8 @@ def make_train_iterator(
     """Opens the sources that a config's `data` section names, and mixes them.
 
     Args:
-      config: `sources`, `mixture`, `templates`, `share_prompts`, `text_length`.
+      config: `sources`, `mixture`, `templates`, `share_prompts`, `text_length`,
+        and `synonyms`, which may be missing.
       image_size: pixels, square.
       batch_size: global.
       seed: of order, prompts, captions and crops.
@@ -102,12 +104,13 @@ def make_train_iterator(
     Raises:
       InputError: if a source or the mixture does not fit.
     """
+    synonyms = load_synonyms(config.get("synonyms"))
     sources = [
         make_source(name, source, image_size, train=True)
         for name, source in config["sources"].items()
     ]
     concepts = make_concept_table(
-        {s.name: s.class_names for s in sources if s.class_names}
+        {s.name: s.class_names for s in sources if s.class_names}, synonyms
     )
     return TrainIterator(
         sources,

@@ -1,6 +1,7 @@
 """Zero-shot classification: an image gets the class whose texts it is nearest to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -11,8 +12,9 @@ from jax.sharding import Mesh
 
 from unicl_jax import sharding
 from unicl_jax.augment import normalize
-from unicl_jax.data.prompts import clean_class_name, fill
+from unicl_jax.data.prompts import fill
 from unicl_jax.data.records import Request, Source
+from unicl_jax.data.synonyms import name_key
 from unicl_jax.encoders import TwoTower
 from unicl_jax.errors import InputError
 from unicl_jax.objectives import Objective
@@ -40,16 +42,17 @@ class Encoders(NamedTuple):
     image: Callable
     text: Callable
     mesh: Mesh
-    # Where concepts are told apart without texts: params -> [concepts, D], their names.
+    # Where concepts are told apart without texts: params -> [concepts, D], and the
+    # concept of each name, as `name_key` compares them.
     concepts: Callable | None = None
-    names: tuple[str, ...] = ()
+    index: Mapping[str, int] = MappingProxyType({})
 
 
 def make_encoders(
     model: TwoTower,
     mesh: Mesh,
     objective: Objective | None = None,
-    concepts: Sequence[str] = (),
+    concepts: Mapping[str, int] = MappingProxyType({}),
     normalization: str = "imagenet",
 ) -> Encoders:
     """Compiles a model for evaluation.
@@ -59,7 +62,7 @@ def make_encoders(
       mesh: the devices.
       objective: what it was trained for, which may embed images, or stand for
         concepts, in a way of its own.
-      concepts: the names of those.
+      concepts: the concept of each name: `index` of the run's concept table.
       normalization: of pixels; a key of `augment.NORMALIZATIONS`.
 
     Returns:
@@ -80,9 +83,8 @@ def make_encoders(
     encoders = Encoders(jax.jit(image, **layout), jax.jit(text, **layout), mesh)
     if objective is None or objective.concepts is None:
         return encoders
-    names = tuple(clean_class_name(name).lower() for name in concepts)
     of_concepts = jax.jit(objective.concepts, in_shardings=(whole,))
-    return encoders._replace(concepts=of_concepts, names=names)
+    return encoders._replace(concepts=of_concepts, index=concepts)
 
 
 class ZeroShotTask:
@@ -118,7 +120,7 @@ class ZeroShotTask:
             texts = [fill(t, name) for name in names for t in templates]
             self._tokens = tokenize(texts)
         else:
-            self._concepts = _concepts_of(self.name, names, encoders.names)
+            self._concepts = _concepts_of(self.name, names, encoders.index)
         # On every device of every process, so that each can read all of it.
         whole = sharding.replicated(encoders.mesh)
         self._rank = jax.jit(_rank, out_shardings=whole)
@@ -214,15 +216,15 @@ class ZeroShotTask:
 
 def _concepts_of(task, names, known):
     """Which of the concepts trained on each class of a task is."""
-    cleaned = [clean_class_name(name).lower() for name in names]
-    missing = [n for n, c in zip(names, cleaned, strict=True) if c not in known]
+    keys = [name_key(name) for name in names]
+    missing = [n for n, key in zip(names, keys, strict=True) if key not in known]
     if missing:
         raise InputError(
             f"evaluations.{task}: this objective tells apart only the classes it is "
             f"trained on; {len(missing)} of {len(names)} are not among them, as "
             f'"{missing[0]}". Leave the evaluation out.'
         )
-    return np.array([known.index(c) for c in cleaned])
+    return np.array([known[key] for key in keys])
 
 
 def _rank(embeddings, classes, labels):
