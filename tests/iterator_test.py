@@ -10,6 +10,7 @@ import pytest
 
 from unicl_jax.data import quickstart
 from unicl_jax.data.arrays import ArraySource, make_npz_source
+from unicl_jax.data.captions import caption_lanes
 from unicl_jax.data.concepts import make_concept_table
 from unicl_jax.data.iterator import TrainIterator
 from unicl_jax.data.records import NO_LABEL
@@ -180,7 +181,62 @@ def test_the_share_of_texts_that_were_cut_is_told_by_step(opened, share_prompts)
     iterator = opened(sources, **options)
     for step in range(1, 12):
         record = [record_of(image)[1] for image in next(iterator)["image"]]
-        assert iterator.texts_cut(step) == np.mean([i % 2 for i in record])
+        assert iterator.figures(step)["texts_cut"] == np.mean([i % 2 for i in record])
+
+
+def test_captions_carry_equal_numbers_where_they_are_equal(opened):
+    """Within a source, across sources, and of the caption that was drawn."""
+    said = [f"a thing {i % 7}" for i in range(40)]
+    alt = [
+        tuple(f"A  Thing {(i + k) % 9}" for k in range(1 + i % 3)) for i in range(50)
+    ]
+    labelled, *_ = make_sources()
+    sources = [
+        labelled,
+        ArraySource("said", pictures(40, 2), texts=said),
+        ArraySource("alt", pictures(50, 3), texts=alt),
+    ]
+    iterator, across = opened(sources, mixture="weights"), 0
+    for _ in range(5):
+        batch = next(iterator)
+        texts = np.array([" ".join(t.lower().split()) for t in texts_of(batch)])
+        captions, lanes = batch["label"] == NO_LABEL, batch["caption"]
+        assert lanes.shape == (32, 2) and lanes.dtype == np.int32
+        assert (lanes[~captions] == NO_LABEL).all()
+        got = (lanes[captions][:, None] == lanes[captions]).all(-1)
+        want = texts[captions][:, None] == texts[captions]
+        np.testing.assert_array_equal(got, want)
+        source = batch["image"][captions, 0, 0, 0]
+        across += (want & (source[:, None] != source)).sum()
+        assert want.sum() > len(want)
+        np.testing.assert_array_equal(lanes[captions], caption_lanes(texts[captions]))
+    assert across
+
+
+def test_without_captions_there_are_none_to_compare(opened):
+    options = dict(mixture="proportional")
+    assert "caption" not in next(opened(make_sources()[:2], **options))
+    assert "caption" in next(opened(make_sources()[2:], **options))
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_rows_and_epochs_of_each_source_are_told_by_step(processes, opened):
+    options = dict(mixture="proportional", batch_size=16)
+    parts = [
+        opened(process_index=i, process_count=processes, **options)
+        for i in range(processes)
+    ]
+    seen = np.zeros(4, int)
+    for step in range(1, 30):
+        images = np.concatenate([next(part)["image"] for part in parts])
+        rows = np.bincount(images[:, 0, 0, 0], minlength=4)
+        seen += rows
+        for part in parts:
+            figures = part.figures(step)
+            for i, source in enumerate(part.sources):
+                assert figures[f"rows/{source.name}"] == rows[i]
+                assert figures[f"epochs/{source.name}"] == seen[i] / len(source)
+    assert len({tuple(part.figures(29)) for part in parts}) == 1
 
 
 # --- The same on any number of processes, from any step on.

@@ -11,15 +11,19 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from unicl_jax import objectives, train
+from unicl_jax import losses, objectives, train
 from unicl_jax.augment import PARAMETERS, make_views, normalize
 from unicl_jax.config import PARTS
 from unicl_jax.data import make_source
+from unicl_jax.data.arrays import ArraySource
+from unicl_jax.data.captions import caption_lanes
+from unicl_jax.data.concepts import make_concept_table
+from unicl_jax.data.synonyms import Synonyms
 from unicl_jax.encoders import Encoder, heads, make_two_tower
 from unicl_jax.errors import InputError
 from unicl_jax.evaluation import ZeroShotTask, make_encoders
 from unicl_jax.losses import NO_LABEL
-from unicl_jax.objectives.objective import row_labels
+from unicl_jax.objectives.positives import row_labels
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
 
@@ -80,12 +84,19 @@ def make_batch(labels_only):
     }
 
 
-def setup(name, mesh=None, **options):
+def setup(name, mesh=None, caption_identity="row", **options):
     objective = objectives.make_objective(name, model(), mesh, CONCEPTS)
     optimizer, schedule = make_optimizer(OPTIMIZER | options, 1000)
     still, count = dict(shift=0, color=0.0, flip=False), VIEWS.get(name, 1)
     views = make_views(still, dict(color=0.1, crop=0.7), views=count)
-    step = make_train_step(model(), objective, optimizer, schedule, views)
+    step = make_train_step(
+        model(),
+        objective,
+        optimizer,
+        schedule,
+        views,
+        caption_identity=caption_identity,
+    )
     state = jax.jit(lambda: init_state(model(), objective, optimizer, 0))()
     return step, state, objective
 
@@ -293,6 +304,92 @@ def test_row_labels_make_every_caption_a_class_of_its_own():
     want[0, 3] = want[3, 0] = True
     np.testing.assert_array_equal(same, want)
     assert (lanes >= 0).all()
+
+
+CAPTIONS_COMPARED = ("unicl", "one_way", "siglip", "supcon", "uniclip")
+
+
+def with_captions(batch):
+    """Numbers for the captions, of which rows 8 and 12, and 9, 10 and 15, are equal."""
+    same = {12: 8, 10: 9, 15: 9}
+    texts = [f"caption {same.get(row, row)}" for row in range(BATCH)]
+    lanes = np.where(
+        batch["label"][:, None] == NO_LABEL, caption_lanes(texts), NO_LABEL
+    )
+    relabelled = batch["label"].copy()
+    relabelled[[8, 12]], relabelled[[9, 10, 15]] = 100, 101
+    return {**batch, "caption": lanes}, {**batch, "label": relabelled}
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("name", CAPTIONS_COMPARED)
+def test_by_text_equal_captions_are_positives_as_if_they_had_a_label(
+    name, devices, make_mesh
+):
+    mesh = make_mesh(devices)
+    by_row, state, _ = setup(name, mesh)
+    by_text, _, _ = setup(name, mesh, caption_identity="text")
+    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    put = functools.partial(
+        jax.device_put, device=NamedSharding(mesh, PartitionSpec("data"))
+    )
+    batch, relabelled = map(put, with_captions(make_batch(False)))
+    got, told = jax.jit(by_text)(state, batch, jnp.int32(0))
+    want, metrics = jax.jit(by_row)(state, relabelled, jnp.int32(0))
+    apart, _ = jax.jit(by_row)(state, batch, jnp.int32(0))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    moved = [
+        np.abs(np.asarray(a) - np.asarray(b)).max()
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(apart), strict=True)
+    ]
+    assert max(moved) > 1e-3
+    # They stay captions: 8 labelled rows of 16; and 5 of 8 captions are said twice.
+    assert told["label_share"] == 0.5 and told["duplicate_captions"] == 5 / 8
+    assert told["positives_per_row"] == metrics["positives_per_row"]
+    assert told["positives_per_row"] == (2 * 4 + 4 * 1 + 2 * 2 + 3 * 3 + 3) / 16
+
+
+def test_multitask_by_text_compares_captions_and_keeps_classes_to_labels():
+    by_text, state, _ = setup("multitask", caption_identity="text")
+    by_row, *_ = setup("multitask")
+    batch, _ = with_captions(make_batch(False))
+    loss = jax.jit(by_text)(state, batch, jnp.int32(0))[1]["loss"]
+    apart = jax.jit(by_row)(state, batch, jnp.int32(0))[1]["loss"]
+    # The difference is that of the two losses among the captions alone.
+    u = model().encode_image(state.params, state.model_state, normalize(batch["image"]))
+    v = model().encode_text(state.params, state.model_state, batch["tokens"])
+    u, v = (x[0][8:] for x in (u, v))
+    scale = model().logit_scale(state.params)
+    pairs = losses.unicl_loss(u, v, batch["caption"][8:], scale).mean()
+    clip = losses.contrastive_loss(u, v, scale).mean()
+    np.testing.assert_allclose(loss - apart, pairs - clip, rtol=1e-4, atol=1e-5)
+    assert abs(pairs - clip) > 0.01
+
+
+def test_clip_knows_no_captions_either():
+    batch, _ = with_captions(make_batch(False))
+    told = [
+        jax.jit(step)(state, batch, jnp.int32(0))[1]
+        for step, state, _ in (setup("clip"), setup("clip", caption_identity="text"))
+    ]
+    assert told[0] == told[1] and told[0]["positives_per_row"] == 1
+
+
+def test_a_synonym_of_what_was_trained_on_is_that_class(make_mesh):
+    objective = setup("cross_entropy")[2]
+    table = make_concept_table(
+        {"shapes": ("sofa", "lamp")}, Synonyms([("Sofa", "couch"), ("couch", "settee")])
+    )
+    encoders = make_encoders(model(), make_mesh(1), objective, table.index)
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    names = ("Lamp", "settee", "couch")
+    source = ArraySource("held_out", images, labels=[0, 1, 2], class_names=names)
+    task = ZeroShotTask("held_out", source, ("{}",), None, encoders)
+    own = dict(class_weights=np.arange(24.0).reshape(12, 2), class_bias=np.zeros(2))
+    got = task.class_embeddings(dict(objective=own), {})
+    assert (got[1] == got[2]).all() and (got[0] != got[1]).any()
+    np.testing.assert_array_equal(got[0][:12], own["class_weights"][:, 1])
 
 
 def test_a_class_that_was_not_trained_on_is_named(make_mesh):

@@ -217,6 +217,9 @@ def test_every_step_is_logged_with_every_scalar(whole):
         "update_norm",
         "epochs/labelled",
         "epochs/captioned",
+        "rows/labelled",
+        "rows/captioned",
+        "duplicate_captions",
         "texts_cut",
     }
     for row in steps:
@@ -244,6 +247,8 @@ def test_the_logged_scalars_fit_each_other(whole):
         step = row["step"]
         assert row["epochs/labelled"] == 8 * step / 36
         assert row["epochs/captioned"] == 8 * step / 48
+        assert row["rows/labelled"] == row["rows/captioned"] == 8
+        assert row["duplicate_captions"] == 0  # each has a number of its own
     rates = [row["learning_rate"] for row in rows(workdir) if "loss" in row]
     # Warm-up over two steps from 0 to the peak, then down.
     np.testing.assert_allclose(rates[:3], [0, 5e-4, 1e-3], rtol=1e-6)
@@ -298,6 +303,69 @@ def test_event_files_are_written(whole):
     content = event_file.read_bytes()
     for tag in (b"loss", b"eval/squares_top1", b"epochs/labelled"):
         assert tag in content
+
+
+# --- Concepts and captions.
+
+
+def test_the_concepts_are_saved_and_another_list_of_classes_stops_the_run(
+    whole, make_config, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    path = workdir / "concepts.json"
+    said = json.loads(path.read_text())
+    assert said["names"] == list(COLOURS)
+    assert said["sources"] == {"labelled": [*range(6)]}
+    # As if the names had been others when the run began.
+    said["names"][2] = "azure"
+    path.write_text(json.dumps(said))
+    with pytest.raises(InputError, match='class 2 was "azure", is "blue"'):
+        train.run(make_config(), workdir)
+
+
+def test_names_that_join_are_said_in_a_line_each(
+    make_config, sources, tmp_path, capsys
+):
+    synonyms = tmp_path / "synonyms.txt"
+    synonyms.write_text("red\tscarlet\nwhite\tgrey\n")
+    config = make_config(total_steps=3, evaluations={}, data__synonyms=str(synonyms))
+    path = str(sources / "held_out.npz")
+    config.data.sources.more = dict(format="npz", path=path, kind="image_label")
+    train.run(config, tmp_path / "run")
+    out = capsys.readouterr().out
+    line = '5 classes joined concepts of other sources: more "red", more "green", more '
+    assert out.count(line + '"blue" and 2 more; concepts.json has all') == 1
+    line = (
+        'of their own source: labelled "grey" (as "white"), more "grey" (as "white");'
+    )
+    assert out.count("2 classes joined another " + line) == 1
+    assert out.count('names of data.synonyms that no source has: 1, as "scarlet"') == 1
+    said = json.loads((tmp_path / "run" / "concepts.json").read_text())
+    assert said["synonyms"] == {"grey": "white"}
+    assert said["unknown_synonyms"] == ["scarlet"]
+
+
+def test_equal_captions_count_and_are_positives_by_text(make_config, tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, SIZE, SIZE, 3), dtype=np.uint8)
+    texts = [("Nice  Day", "nice day")[i % 2] for i in range(40)]
+    np.savez(tmp_path / "alike.npz", images=images, texts=texts)
+    first = {}
+    for identity in ("row", "text"):
+        config = make_config(
+            total_steps=3, evaluations={}, data__caption_identity=identity
+        )
+        config.data.sources.captioned["path"] = str(tmp_path / "alike.npz")
+        train.run(config, tmp_path / identity)
+        first[identity] = rows(tmp_path / identity)[0]
+    by_row, by_text = first["row"], first["text"]
+    assert by_row["duplicate_captions"] == by_text["duplicate_captions"] == 1
+    assert by_row["label_share"] == by_text["label_share"] == 0.5
+    more = by_text["positives_per_row"] - by_row["positives_per_row"]
+    assert more == pytest.approx((8 * 8 - 8) / 16, rel=1e-6)
+    # None of 8 images can be told its own of 8 equal texts: nothing is below log 8.
+    assert by_text["excess"] < by_row["excess"] - 0.3
 
 
 # --- Going on.

@@ -9,7 +9,7 @@ import optax
 
 from unicl_jax.encoders import TwoTower
 from unicl_jax.losses import NO_LABEL
-from unicl_jax.objectives import Forward, Objective
+from unicl_jax.objectives import Forward, Objective, positives
 
 
 class TrainState(NamedTuple):
@@ -58,6 +58,7 @@ def make_train_step(
     *,
     seed: int = 0,
     frozen: tuple[str, ...] = (),
+    caption_identity: str = "row",
 ) -> Callable:
     """Builds the train step: augment, embed, compare, update.
 
@@ -70,12 +71,15 @@ def make_train_step(
       seed: of the augmentation and drop path; the step number is folded in.
       frozen: parts of the parameters, by name, that stay as they are, beside those that
         the objective does not use; a tower among them runs as in evaluation.
+      caption_identity: "row": each caption is a positive of its own image alone;
+        "text": equal captions are positives of each other.
 
     Returns:
       `train_step(state, batch, step) -> (state, metrics)`. `batch` holds `image`
       [B, H, W, 3] uint8, `label` [B] int32 and `tokens` [B, L] int32; or `tokens`
       [T, L] and `text_index` [B] int32, row i's text being `tokens[text_index[i]]`, so
-      that equal texts are encoded once. `step` is the number of the step the batch was
+      that equal texts are encoded once. `caption` [B, 2] int32, where it is there, says
+      which captions are equal. `step` is the number of the step the batch was
       drawn for: where it is not the state's own, or a loss or gradient is not finite,
       the state stays as it was. A run that met NaN therefore still holds its last good
       state, however many steps were dispatched before the host saw it. `metrics` are
@@ -88,7 +92,14 @@ def make_train_step(
         def loss_fn(learning):
             params = {**state.params, **learning}
             forward = Forward(
-                model, params, state.model_state, batch, make_views, keys, frozen
+                model,
+                params,
+                state.model_state,
+                batch,
+                make_views,
+                keys,
+                frozen,
+                caption_identity,
             )
             losses, metrics = objective.loss(forward)
             return losses.mean(), (metrics, forward.state)
@@ -106,6 +117,8 @@ def make_train_step(
             return TrainState(state.step + 1, params, model_state, opt_state), norm
 
         scale = objective.logit_scale or model.logit_scale
+        # What an objective says of its positives itself comes before it.
+        metrics = positives.figures(batch, caption_identity == "text") | metrics
         metrics |= {
             "loss": loss,
             "label_share": (batch["label"] != NO_LABEL).mean(),

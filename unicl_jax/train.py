@@ -124,6 +124,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             ),
             seed=config.seed,
             frozen=config.frozen,
+            caption_identity=config.data.caption_identity,
         ),
         in_shardings=(whole, rows, None),
         out_shardings=(whole, whole),
@@ -174,9 +175,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             scalars = {k: float(v) for k, v in scalars.items()}
             scalars |= timer.lap(step, config.batch_size)
             scalars |= {f"skipped/{k}": v for k, v in batches.skipped().items()}
-            scalars["texts_cut"] = batches.texts_cut(step)
-            epochs = batches.sampler.epochs(step)
-            scalars |= {f"epochs/{k}": v for k, v in epochs.items()}
+            scalars |= batches.figures(step)
             metrics.write(step, scalars)
             if "step_seconds" in scalars:
                 progress.update(step, scalars)

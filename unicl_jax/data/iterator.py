@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from unicl_jax.data.captions import caption_lanes
 from unicl_jax.data.concepts import ConceptTable
 from unicl_jax.data.prompts import fill
 from unicl_jax.data.records import NO_LABEL, Request, Source
@@ -29,7 +30,9 @@ class TrainIterator:
     A batch is a dict of `image` [b, H, W, 3] uint8, `label` [b] int32 (concepts, or
     NO_LABEL) and `tokens` [b, L] int32. With `share_prompts` there are only as many
     rows of tokens as distinct texts may need, and `text_index` [b] int32 tells which
-    is row i's: `tokens[text_index[i]]`. With `text_length="pack"` the tokens are
+    is row i's: `tokens[text_index[i]]`. If a source has captions, `caption` [b, 2]
+    int32 is equal where those are (`captions.caption_lanes`); labelled rows have
+    NO_LABEL there. With `text_length="pack"` the tokens are
     `encoders.Packed`, a group of them for each device.
     """
 
@@ -92,7 +95,7 @@ class TrainIterator:
         self.text_slots = -(-slots // devices) * devices
         self._devices, self._text_length = devices, TEXT_LENGTHS[text_length]
         self._token_cache: dict[str, tuple[np.ndarray, bool]] = {}
-        self._cut: dict[int, float] = {}  # of the last batches, by step
+        self._figures: dict[int, dict[str, float]] = {}  # of the last batches, by step
         self._step, self._queue, self._stop = 0, None, threading.Event()
         self._worker = None
 
@@ -121,16 +124,25 @@ class TrainIterator:
             for reason, count in source.skipped.items()
         }
 
-    def texts_cut(self, step: int) -> float:
-        """Share of texts that were too long and lost their tails, in this process.
+    def figures(self, step: int) -> dict[str, float]:
+        """What a step's batch was made of.
 
         Args:
           step: of the training: 1 is the first. One of the last few that were read.
 
         Returns:
-          In [0, 1].
+          texts_cut: share of texts that were too long and lost their tails, among this
+            process's rows.
+          rows/<source>: rows of the global batch, exact.
+          epochs/<source>: seen up to this step, by all processes together, exact.
         """
-        return self._cut[step]
+        before, after = self.sampler.drawn(step - 1), self.sampler.drawn(step)
+        rows = {
+            f"rows/{source.name}": float(stop - start)
+            for source, start, stop in zip(self.sources, before, after, strict=True)
+        }
+        epochs = {f"epochs/{k}": v for k, v in self.sampler.epochs(step).items()}
+        return self._figures[step] | rows | epochs
 
     def __iter__(self):
         """Returns itself; the batches never end."""
@@ -200,6 +212,7 @@ class TrainIterator:
         size = len(plan.source)
         images = np.empty((size, *parts[0].images.shape[1:]), np.uint8)
         labels = np.full(size, NO_LABEL, np.int32)
+        captions = np.full((size, 2), NO_LABEL, np.int32)
         texts: list[str] = [""] * size
         for s, (source, rows) in enumerate(zip(self.sources, parts, strict=True)):
             places = np.flatnonzero(plan.source == s)
@@ -215,11 +228,16 @@ class TrainIterator:
                     name = self.concepts.names[concept]
                     texts[place] = fill(self._templates[pick], name)
             else:
-                for place, captions, seed in zip(
-                    places, rows.texts, seeds, strict=True
-                ):
-                    texts[place] = captions[seed % len(captions)]
+                drawn = [
+                    own[seed % len(own)]
+                    for own, seed in zip(rows.texts, seeds, strict=True)
+                ]
+                captions[places] = caption_lanes(drawn)
+                for place, text in zip(places, drawn, strict=True):
+                    texts[place] = text
         batch = dict(image=images, label=labels)
+        if not all(source.class_names for source in self.sources):
+            batch["caption"] = captions
         rows = np.arange(size)  # of tokens, by record
         if self._share_prompts:
             index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -228,8 +246,8 @@ class TrainIterator:
             texts = list(index)
             texts += texts[:1] * (self.text_slots - len(texts))
         tokens, is_cut = self._tokens(texts)
-        self._cut[step + 1] = is_cut[rows].mean()
-        self._cut.pop(step + 1 - KEPT, None)
+        self._figures[step + 1] = dict(texts_cut=float(is_cut[rows].mean()))
+        self._figures.pop(step + 1 - KEPT, None)
         tokens = self._text_length.prepare(tokens, self._devices)
         return batch | dict(tokens=tokens)
 

@@ -6,7 +6,7 @@ from jax import lax
 
 from unicl_jax.losses.checks import check_float, check_labels, check_rows
 from unicl_jax.losses.pairs import NO_LABEL
-from unicl_jax.losses.unicl import contrastive_loss
+from unicl_jax.losses.unicl import unicl_loss
 
 
 def cross_entropy_loss(
@@ -68,6 +68,7 @@ def multitask_loss(
     *,
     class_weight: float = 1.0,
     pair_weight: float = 1.0,
+    pair_labels: jax.Array | None = None,
     where: jax.Array | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     **options,
@@ -86,6 +87,8 @@ def multitask_loss(
       logit_scale: scalar multiplier, of the pairs.
       class_weight: a.
       pair_weight: b.
+      pair_labels: [batch] or [batch, k] integer: captions of equal ones are positives
+        of each other; default: each is its own alone.
       where: [batch] bool; rows left out leave the batch and give 0.
       axis_name: as for `unicl_loss`.
       **options: of `unicl_loss`: implementation, block_size, direction.
@@ -102,9 +105,12 @@ def multitask_loss(
     keep = jnp.ones(labels.shape, bool) if where is None else where
     is_class, is_pair = keep & (labels != NO_LABEL), keep & (labels == NO_LABEL)
     classes = cross_entropy_loss(class_logits, labels, where=keep)
-    pairs = contrastive_loss(
+    if pair_labels is None:
+        pair_labels = jnp.full_like(labels, NO_LABEL)
+    pairs = unicl_loss(
         image_embeddings,
         text_embeddings,
+        pair_labels,
         logit_scale,
         where=is_pair,
         axis_name=axis_name,

@@ -15,10 +15,17 @@ from unicl_jax import losses
 from unicl_jax.config import PARTS
 from unicl_jax.encoders import TwoTower
 from unicl_jax.errors import InputError, choose
-from unicl_jax.objectives import classes, contrastive, views
+from unicl_jax.objectives import classes, contrastive, positives, views
 from unicl_jax.objectives.objective import Forward, Objective
 
-__all__ = ["OBJECTIVES", "Forward", "Objective", "check", "make_objective"]
+__all__ = [
+    "OBJECTIVES",
+    "Forward",
+    "Objective",
+    "check",
+    "make_objective",
+    "positives",
+]
 
 LABELS, CAPTIONS = "image_label", "image_text"
 

@@ -48,6 +48,7 @@ def multitask(over, model, num_concepts):
             _class_logits(forward.own, features),
             forward.labels,
             forward.logit_scale(),
+            pair_labels=forward.identities,
         )
         return rows, {}
 

@@ -15,9 +15,9 @@ def unicl(over, model, num_concepts, relabel=None, direction="both"):
     loss_and_aux = over(losses.unicl_loss_and_aux)
 
     def loss(forward):
-        labels = forward.labels
+        labels = forward.identities
         if relabel is not None:
-            labels = jnp.full_like(labels, relabel)
+            labels = jnp.full_like(forward.labels, relabel)
         rows, aux = loss_and_aux(
             forward.image(),
             forward.text(),
@@ -61,7 +61,7 @@ def siglip(over, model, num_concepts):
             forward.text(),
             forward.logit_scale(),
             bias,
-            labels=forward.labels,
+            labels=forward.identities,
         )
         return rows, {"logit_bias": bias}
 

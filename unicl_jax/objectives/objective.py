@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from unicl_jax.augment import Views
 from unicl_jax.encoders import TwoTower
-from unicl_jax.losses import NO_LABEL
+from unicl_jax.objectives.positives import identities
 
 
 class Objective(NamedTuple):
@@ -38,6 +37,8 @@ class Forward:
 
     Attributes:
       labels: [B] int32, NO_LABEL for captions.
+      identities: rows in which they are equal are positives: the labels, or, where
+        equal captions are positives, too, [B, 2].
       own: the objective's own parameters.
       state: of the model, with what batch norm learnt so far.
     """
@@ -51,6 +52,7 @@ class Forward:
         make_views: Callable[[jax.Array, jax.Array], Views],
         keys: jax.Array,
         frozen: tuple[str, ...] = (),
+        caption_identity: str = "row",
     ):
         """Holds what the calls below need; nothing is computed yet.
 
@@ -63,7 +65,9 @@ class Forward:
           keys: [3]: for pixels, the image tower, the text tower.
           frozen: parts of the parameters that don't learn: such a tower runs as in
             evaluation, its drop path off, its batch statistics as they are.
+          caption_identity: "text" if equal captions are positives.
         """
+        self.identities = identities(batch, caption_identity == "text")
         self.labels, self.own, self.state = (
             batch["label"],
             params.get("objective", {}),
@@ -118,17 +122,3 @@ class Forward:
 
     def _mode(self, tower, key):
         return {} if tower in self._frozen else {"train": True, "key": key}
-
-
-def row_labels(labels: jax.Array) -> jax.Array:
-    """Labels in two lanes, in which a caption has one of its own, too: its row.
-
-    Args:
-      labels: [B] int32, NO_LABEL for captions.
-
-    Returns:
-      [B, 2] int32: (label, 0), or (0, 1 + row).
-    """
-    rows = 1 + jnp.arange(len(labels), dtype=labels.dtype)
-    captions = labels == NO_LABEL
-    return jnp.stack([jnp.where(captions, 0, labels), jnp.where(captions, rows, 0)], 1)

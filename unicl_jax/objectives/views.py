@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from unicl_jax import losses
 from unicl_jax.augment import PARAMETERS
 from unicl_jax.encoders import heads
-from unicl_jax.objectives.objective import Objective, row_labels
+from unicl_jax.objectives.objective import Objective
+from unicl_jax.objectives.positives import row_labels
 
 IMAGE, TEXT = 0, 1  # domains
 PAIRS = ("image_image", "image_text", "text_text")
@@ -34,7 +35,7 @@ def supcon(over, model, num_concepts):
         )
         z = forward.project(x).reshape(batch, views, -1)
         temperature = 1 / forward.logit_scale()  # does not learn: `unused` holds it
-        return supcon_loss(z, forward.labels, temperature), {}
+        return supcon_loss(z, forward.identities, temperature), {}
 
     return Objective(loss, init)
 
@@ -70,7 +71,7 @@ def uniclip(over, model, num_concepts):
         )
         u = forward.project(x).reshape(batch, views, -1)
         z = jnp.concatenate([u, forward.text()[:, None]], 1)
-        labels = row_labels(forward.labels)
+        labels = row_labels(forward.identities)
         scales = all_scales({"objective": forward.own})
         offsets = forward.own["offsets"]
         rows = mp_nce_loss(
