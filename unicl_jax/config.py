@@ -3,7 +3,7 @@
 import json
 import math
 import runpy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,48 @@ def validate(config: ConfigDict, num_devices: int, num_processes: int = 1) -> No
     Raises:
       InputError: naming the field, what it must hold, what it holds.
     """
-    _check_fields(config)
+    for problem in problems(config, num_devices, num_processes):
+        raise problem
+
+
+def problems(
+    config: ConfigDict, num_devices: int, num_processes: int = 1
+) -> Iterator[InputError]:
+    """What `validate` refuses; all of it that can be told at once.
+
+    Args:
+      config: the resolved config.
+      num_devices: over all processes.
+      num_processes: of the run.
+
+    Yields:
+      The errors, the first one being what `validate` raises.
+    """
+    is_good = True
+    for check in (
+        _check_fields,
+        _check_counts,
+        lambda config: _check_batch(config, num_devices),
+        _check_optimizer,
+        _check_numbers,
+        _check_views,
+        lambda config: _check_concepts(config.data),
+        lambda config: _check_processes(config, num_processes),
+    ):
+        try:
+            for problem in check(config) or ():
+                is_good = False
+                yield problem
+        except InputError as error:
+            is_good = False
+            yield error
+        except (AttributeError, KeyError, TypeError):
+            if is_good:
+                raise
+            # What is wrong was said: here it only got in the way.
+
+
+def _check_counts(config):
     for field in (
         "batch_size",
         "total_steps",
@@ -182,9 +223,12 @@ def validate(config: ConfigDict, num_devices: int, num_processes: int = 1) -> No
         "log_every_steps",
     ):
         if type(config[field]) is not int or config[field] < 1:  # nor a bool
-            raise InputError(
+            yield InputError(
                 f"{field} must be a whole number of at least 1: got {config[field]}."
             )
+
+
+def _check_batch(config, num_devices):
     batch, unit = config.batch_size, num_devices
     if batch % unit:
         below, above = batch // unit * unit, (batch // unit + 1) * unit
@@ -197,30 +241,33 @@ def validate(config: ConfigDict, num_devices: int, num_processes: int = 1) -> No
         raise InputError(
             f"batch_size must be at least 2, for something to contrast: got {batch}."
         )
+
+
+def _check_optimizer(config):
     optimizer = config.optimizer
     for field in ("learning_rate", "eps"):
         if not optimizer[field] > 0:
-            raise InputError(
+            yield InputError(
                 f"optimizer.{field} must be above 0: got {optimizer[field]}."
             )
     for field in ("final_learning_rate", "weight_decay", "clip_norm", "warmup_steps"):
         if not optimizer[field] >= 0:
-            raise InputError(
+            yield InputError(
                 f"optimizer.{field} must be at least 0: got {optimizer[field]}."
             )
     for field in ("b1", "b2", "momentum"):
         if not 0 <= optimizer[field] < 1:
-            raise InputError(
+            yield InputError(
                 f"optimizer.{field} must be in [0, 1): got {optimizer[field]}."
             )
     if optimizer.warmup_steps >= config.total_steps:
-        raise InputError(
+        yield InputError(
             "optimizer.warmup_steps must be below total_steps: got "
             f"{optimizer.warmup_steps} and {config.total_steps}; lower the first."
         )
-    _check_numbers(config)
-    _check_views(config)
-    _check_concepts(config.data)
+
+
+def _check_processes(config, num_processes):
     if config.data.share_prompts and num_processes > 1:
         raise InputError(
             "data.share_prompts needs a single process: got "
@@ -253,7 +300,7 @@ def _check_views(config):
             kind, inside, where = allowed[field]
             fits = type(value) is kind or (kind is float and type(value) is int)
             if not fits or not inside(value):
-                raise InputError(f"{section}.{field} must be in {where}: got {value}.")
+                yield InputError(f"{section}.{field} must be in {where}: got {value}.")
     choose(NORMALIZATIONS, config.model.normalization, "model.normalization")
     if config.views == 1 and config.strong_augment:
         raise InputError(
@@ -320,10 +367,10 @@ def _check_numbers(config):
         values = value if isinstance(value, list) else [value]
         for x in values:
             if isinstance(x, float) and not math.isfinite(x):
-                raise InputError(f"{path} must be finite: got {value}.")
+                yield InputError(f"{path} must be finite: got {value}.")
             leaf = path.split(".")[-1]
             if leaf in SIZES and path.startswith("model.") and not _is_size(x):
-                raise InputError(
+                yield InputError(
                     f"{path} must be a whole number of at least 1: got {value}."
                 )
     if not abs(config.model.logit_scale_init) < 80:  # exp of it is in float32
@@ -372,13 +419,13 @@ def _check_fields(config):
         names = known if not path else known[path[:-1].removeprefix("strong_")]
         for name in section:
             if name not in names:
-                raise InputError(
+                yield InputError(
                     f'there is no config field "{path}{name}"; '
                     f"{did_you_mean(name, names)}"
                 )
     for tower in ("image", "text"):
         if "name" not in config.model[tower]:
-            raise InputError(f"model.{tower}.name must say which tower: it is not set.")
+            yield InputError(f"model.{tower}.name must say which tower: it is not set.")
     if not config.data.sources:
         raise InputError("data.sources must name at least one source: it is empty.")
     for what in ("data.sources", "evaluations"):
@@ -386,7 +433,10 @@ def _check_fields(config):
         for name, source in group.items():
             needed = ["format", "path"]
             needed += ["kind"] if what == "data.sources" else ["templates"]
-            check_source(what, name, source, needed)
+            try:
+                check_source(what, name, source, needed)
+            except InputError as error:
+                yield error
 
 
 def check_source(
