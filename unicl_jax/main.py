@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from unicl_jax import host_memory, sharding, train
 from unicl_jax.checkpoint import NotSaved
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
       that could not be written, 128 + the signal's number when stopped by one.
     """
     try:
-        _parse(argv)
+        parse(argv)
         sharding.start_processes(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
         )
@@ -65,8 +65,24 @@ def _say(message, code):
     return code
 
 
-def _parse(argv):
-    """Parses the flags; a wrong one is the user's to mend, not a traceback."""
+def parse(
+    argv: Sequence[str],
+    needed: Sequence[str] = ("config", "workdir"),
+    module: str = "unicl_jax.main",
+) -> tuple[ConfigDict, str | None]:
+    """Parses the flags; a wrong one is the user's to mend, not a traceback.
+
+    Args:
+      argv: as `sys.argv`.
+      needed: the flags that must be given.
+      module: of the command, for errors.
+
+    Returns:
+      The config, and the workdir.
+
+    Raises:
+      InputError: if a flag or the recipe is wrong.
+    """
     app.define_help_flags()
     argv, options = _without_tower_options(argv)
     # Both --config=x and --config x.
@@ -101,13 +117,14 @@ def _parse(argv):
         raise InputError(f"wrong flag: {message}") from error
     if rest[1:]:
         raise InputError(f"flags must start with --: got {' '.join(rest[1:])}.")
-    for name in ("config", "workdir"):
+    for name in needed:
         if flags.FLAGS[name].value is None:
             raise InputError(
-                f"--{name} must be given, as in: python -m unicl_jax.main "
+                f"--{name} must be given, as in: python -m {module} "
                 "--config=configs/quickstart.py --workdir=runs/quickstart"
             )
     _set_tower_options(_CONFIG.value, options)
+    return _CONFIG.value, _WORKDIR.value
 
 
 def _without_tower_options(argv):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from unicl_jax.data import ConceptTable
 
 _NAMED = 5  # differences in a message
+CONTACT_SHEET = "contact_sheet.png"  # what a look at the data leaves before the run
 
 
 def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Path:
@@ -37,7 +38,9 @@ def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Pat
         # A start that failed before it learnt anything binds nobody to its config.
         if has_saved(workdir):
             _check_same_run(workdir, saved, config)
-    elif workdir.is_dir() and (others := {*workdir.iterdir()} - {temporary}):
+    elif workdir.is_dir() and (
+        others := {*workdir.iterdir()} - {temporary, workdir / CONTACT_SHEET}
+    ):
         entries = ", ".join(sorted(p.name for p in others)[:3])
         raise InputError(
             f'--workdir must be new, empty, or a run of this config: "{workdir}" holds '

@@ -5,7 +5,7 @@ files of its formats.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ def make_train_iterator(
     process_index: int = 0,
     process_count: int = 1,
     local_devices: int = 1,
+    sources: Sequence[Source] | None = None,
 ) -> TrainIterator:
     """Opens the sources that a config's `data` section names, and mixes them.
 
@@ -97,6 +98,7 @@ def make_train_iterator(
       process_index: of this process.
       process_count: of all.
       local_devices: of this process, over which token rows are divided.
+      sources: those of the config, if they are open already.
 
     Returns:
       The iterator over this process's rows, at step 0.
@@ -105,10 +107,11 @@ def make_train_iterator(
       InputError: if a source or the mixture does not fit.
     """
     synonyms = load_synonyms(config.get("synonyms"))
-    sources = [
-        make_source(name, source, image_size, train=True)
-        for name, source in config["sources"].items()
-    ]
+    if sources is None:
+        sources = [
+            make_source(name, source, image_size, train=True)
+            for name, source in config["sources"].items()
+        ]
     concepts = make_concept_table(
         {s.name: s.class_names for s in sources if s.class_names}, synonyms
     )

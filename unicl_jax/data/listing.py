@@ -39,6 +39,11 @@ class Strings:
         """Returns n."""
         return len(self._ends) - 1
 
+    @property
+    def nbytes(self) -> int:
+        """Returns the size of both arrays."""
+        return len(self._bytes) + self._ends.nbytes
+
     def __getitem__(self, index: int) -> bytes:
         """Returns the one at `index` in [0, n)."""
         return self._bytes[self._ends[index] : self._ends[index + 1]]

@@ -104,6 +104,10 @@ class TFRecordReader:
         at = self.index
         return f"{at.shards[at.shard[index]]}#{at.offset[index]}"
 
+    def where(self, index: int) -> str:
+        """Returns the file of a record."""
+        return self.index.shards[self.index.shard[index]]
+
     def check_fields(self, source: str) -> None:
         """Finds each field; stops if the first records all lack it: a setting.
 

@@ -72,6 +72,37 @@ class FileSource:
         """Returns the number of records, readable or not."""
         return len(self._reader.index)
 
+    @property
+    def index(self):
+        """Where the records lie: an `indexing.Index` or a `listing.FileIndex`."""
+        return self._reader.index
+
+    def where(self, index: int) -> str:
+        """Returns the file that a record is, or lies in."""
+        return self._reader.where(index)
+
+    def encoded(self, index: int) -> bytes:
+        """Returns a record's image file, not decoded; b"" if that cannot be read."""
+        try:
+            return self._reader.read(index)[0]
+        except Unreadable:
+            return b""
+
+    def why_unreadable(self, index: int) -> str:
+        """Reads a record by itself.
+
+        Args:
+          index: in [0, len(self)).
+
+        Returns:
+          The reason why `stream` replaces it; "" if it does not.
+        """
+        try:
+            self._load(index, 0)
+        except Unreadable as error:
+            return error.reason
+        return ""
+
     def stream(self, requests: Iterable[Request]) -> Iterator[Rows]:
         """Reads the records of each request; a pure function of indices and seeds.
 
