@@ -3,6 +3,7 @@
 import functools
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -159,6 +160,10 @@ class TrainIterator:
                 daemon=True,
             )
             self._worker.start()
+            # Python's exit does not wait for daemons, and TensorFlow's threads abort.
+            self._end = weakref.finalize(
+                self, _end, self._worker, self._queue, self._stop
+            )
         item = self._queue.get()
         if isinstance(item, BaseException):
             self.close()
@@ -169,12 +174,7 @@ class TrainIterator:
     def close(self) -> None:
         """Stops reading ahead; the next batch starts it again."""
         if self._worker is not None:
-            self._stop.set()
-            while self._worker.is_alive():  # it may be waiting to put
-                try:
-                    self._queue.get(timeout=0.05)
-                except queue.Empty:
-                    pass
+            self._end()
             self._worker = None
 
     def _work(self, step, out, stop):
@@ -264,3 +264,12 @@ class TrainIterator:
             cache.update(zip(new, known, strict=True))
         rows, is_cut = zip(*(cache[text] for text in texts), strict=True)
         return np.stack(rows), np.array(is_cut)
+
+
+def _end(worker, out, stop):
+    stop.set()
+    while worker.is_alive():  # it may be waiting to put
+        try:
+            out.get(timeout=0.05)
+        except queue.Empty:
+            pass
