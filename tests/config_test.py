@@ -375,7 +375,7 @@ def test_a_run_from_before_a_field_was_there_goes_on(tmp_path):
     (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
     saved = tmp_path / "run" / "config.json"
     config = json.loads(saved.read_text())
-    for name in ("views", "frozen", "init_from", "strong_augment"):
+    for name in ("views", "frozen", "init_from", "strong_augment", "mix"):
         del config[name]
     del config["augment"]["crop"]
     saved.write_text(json.dumps(config))

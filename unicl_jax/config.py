@@ -12,6 +12,7 @@ from ml_collections.config_dict import placeholder
 
 from unicl_jax.augment import NORMALIZATIONS
 from unicl_jax.errors import InputError, choose, did_you_mean
+from unicl_jax.mix import check_mix
 
 # Fields that may change between restarts of a run: none of them touches what is learnt.
 FREE = (
@@ -83,6 +84,12 @@ def default() -> ConfigDict:
     c.augment.blur = 0.0  # greatest standard deviation, pixels; half are blurred
     c.strong_augment = ConfigDict()  # what differs for the views after the first
 
+    c.mix = ConfigDict()  # of two images, after all else; see mix.make_mix
+    c.mix.mixup = 0.0  # parameter of Beta; 0: off. Swin's is 0.8
+    c.mix.cutmix = 0.0  # parameter of Beta; 0: off. Swin's is 1.0
+    c.mix.probability = 1.0  # of a batch to be mixed
+    c.mix.cutmix_share = 0.5  # of the mixed batches, where both are on
+
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # or "sgd" (Nesterov), "muon"
     c.optimizer.learning_rate = 1e-3  # peak
@@ -130,7 +137,7 @@ def base_recipe(
     Args:
       file: of the baseline.
       variant: what starts with "paper" is on `configs/swin_tiny.py`, what does not, on
-        the quick start.
+        the quick start; "paper_mixup" has MixUp and CutMix, too.
       labels_only: without captions, and without evaluations of names that are no class.
       variants: that there are, beside "".
 
@@ -146,18 +153,9 @@ def base_recipe(
     recipe = runpy.run_path(str(Path(file).parents[1] / name))["get_config"]
     if not labels_only:
         return recipe()
-    if on_paper:
-        config = recipe()
-        for source, fields in list(config.data.sources.items()):
-            if fields.kind != "image_label":
-                del config.data.sources[source]
-        config.data.mixture = "proportional"
-        # Every row is a label now, not half of them: as many epochs of the labels.
-        config.total_steps //= 2
-        config.optimizer.warmup_steps //= 2
-        return config
-    config = recipe("labels")
-    del config.evaluations["twemoji_names"]
+    config = recipe("labels_mixup" if variant == "paper_mixup" else "labels")
+    if not on_paper:
+        del config.evaluations["twemoji_names"]
     return config
 
 
@@ -197,6 +195,7 @@ def problems(
         _check_optimizer,
         _check_numbers,
         _check_views,
+        lambda config: check_mix(config, num_devices),
         lambda config: _check_concepts(config.data),
         lambda config: _check_processes(config, num_processes),
     ):
@@ -481,7 +480,7 @@ SOURCE_FIELDS = {
     "csv": (*_OF_FILES, "fields", "root", "delimiter", "label_offset"),
     "prepared": ("preprocess", "max_skips_in_a_row"),
 }
-SECTIONS = ("model", "data", "augment", "strong_augment", "optimizer")
+SECTIONS = ("model", "data", "augment", "strong_augment", "mix", "optimizer")
 
 
 def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:

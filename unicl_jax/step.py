@@ -59,6 +59,7 @@ def make_train_step(
     seed: int = 0,
     frozen: tuple[str, ...] = (),
     caption_identity: str = "row",
+    mix: Callable | None = None,
 ) -> Callable:
     """Builds the train step: augment, embed, compare, update.
 
@@ -73,6 +74,8 @@ def make_train_step(
         the objective does not use; a tower among them runs as in evaluation.
       caption_identity: "row": each caption is a positive of its own image alone;
         "text": equal captions are positives of each other.
+      mix: (key, normalised images) -> Mixture, as `mix.make_mix` builds it; None:
+        images stay whole.
 
     Returns:
       `train_step(state, batch, step) -> (state, metrics)`. `batch` holds `image`
@@ -100,8 +103,11 @@ def make_train_step(
                 keys,
                 frozen,
                 caption_identity,
+                mix,
             )
             losses, metrics = objective.loss(forward)
+            if forward.mixture is not None:
+                metrics["own_share"] = forward.mixture.share.mean()
             return losses.mean(), (metrics, forward.state)
 
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)

@@ -16,6 +16,7 @@ from unicl_jax.analysis import end_of_run
 from unicl_jax.augment import make_views
 from unicl_jax.checkpoint import Checkpoints, NotSaved
 from unicl_jax.metrics import ConsoleProgress, Metrics, StepTimer
+from unicl_jax.mix import make_mix
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
 from unicl_jax.workdir import has_saved, keep_concepts, prepare_workdir
@@ -125,6 +126,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             seed=config.seed,
             frozen=config.frozen,
             caption_identity=config.data.caption_identity,
+            mix=make_mix(config.mix),
         ),
         in_shardings=(whole, rows, None),
         out_shardings=(whole, whole),

@@ -2,13 +2,15 @@
 
 python -m unicl_jax.main --config=configs/baselines/cross_entropy.py --workdir=runs/x
 
-On the quick start's data; `:paper` has the data and the towers of configs/swin_tiny.py.
+On the quick start's data; `:paper` has the data and the towers of configs/swin_tiny.py,
+`:paper_mixup` MixUp and CutMix, too. Swin's label smoothing is left out.
 """
 
 from unicl_jax.config import base_recipe
 
 
 def get_config(variant: str = ""):
-    config = base_recipe(__file__, variant, labels_only=True)
+    variants = ("paper", "paper_mixup")
+    config = base_recipe(__file__, variant, labels_only=True, variants=variants)
     config.objective = "cross_entropy"
     return config

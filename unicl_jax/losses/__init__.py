@@ -6,7 +6,12 @@ from unicl_jax.losses.mp_nce import mp_nce_loss
 from unicl_jax.losses.pairs import NO_LABEL, positive_mask
 from unicl_jax.losses.sharded import sharded
 from unicl_jax.losses.siglip import siglip_loss
-from unicl_jax.losses.soft_targets import mixed_targets, pair_logits, soft_target_loss
+from unicl_jax.losses.soft_targets import (
+    mixed_targets,
+    pair_logits,
+    soft_target_floor,
+    soft_target_loss,
+)
 from unicl_jax.losses.supcon import supcon_loss
 from unicl_jax.losses.unicl import (
     UniclAux,
@@ -28,6 +33,7 @@ __all__ = [
     "positive_mask",
     "sharded",
     "siglip_loss",
+    "soft_target_floor",
     "soft_target_loss",
     "supcon_loss",
     "unicl_loss",

@@ -65,16 +65,35 @@ def soft_target_loss(
         at_targets = products.sum(axis) / jnp.where(total == 0, 1, total)
         return jnp.where(total == 0, 0, normalizer - at_targets)
 
-    choices = {
-        "both": lambda: (along(1) + along(0)) / 2,
-        "per_image": lambda: along(1),
-        "per_text": lambda: along(0),
-    }
-    if direction not in choices:
-        raise ValueError(
-            f"direction must be one of {tuple(choices)}: got {direction!r}."
-        )
-    return choices[direction]()
+    return _of_direction(along, direction)
+
+
+def soft_target_floor(targets: jax.Array, *, direction: str = "both") -> jax.Array:
+    """The least that `soft_target_loss` can be: the entropy of the targets, in nats.
+
+    per_image_i = -sum_j q_ij log q_ij, q_ij = T_ij / (sum_k T_ik)
+    per_text_j  = -sum_i q_ij log q_ij, q_ij = T_ij / (sum_k T_kj)
+    floor_i = (per_image_i + per_text_i) / 2. With 0-1 targets, log n_i of `unicl_loss`.
+
+    Args:
+      targets: as for `soft_target_loss`.
+      direction: as for `soft_target_loss`.
+
+    Returns:
+      [batch] float32 (float64 when given float64), in nats.
+
+    Raises:
+      ValueError: at trace time, if the choice doesn't fit.
+    """
+    targets = targets.astype(jnp.promote_types(targets.dtype, jnp.float32))
+    logs = jnp.log(jnp.where(targets == 0, 1, targets))
+
+    def along(axis):
+        total = targets.sum(axis)
+        total = jnp.where(total == 0, 1, total)
+        return jnp.log(total) - (targets * logs).sum(axis) / total
+
+    return _of_direction(along, direction)
 
 
 def mixed_targets(labels: jax.Array, partner: jax.Array, share: jax.Array) -> jax.Array:
@@ -84,15 +103,20 @@ def mixed_targets(labels: jax.Array, partner: jax.Array, share: jax.Array) -> ja
 
     Args:
       labels: [batch] or [batch, k] integer, NO_LABEL for captions.
-      partner: [batch] integer: which record was mixed into image i.
+      partner: [batch] integer in [0, batch): which record was mixed into image i.
+        Another number gives NaN.
       share: [batch] or scalar float in [0, 1]: what is left of image i itself.
 
     Returns:
       [batch, batch] float32, images by texts.
     """
-    positive = positive_mask(labels, labels).astype(jnp.float32)
-    share = jnp.broadcast_to(jnp.asarray(share, jnp.float32), partner.shape)[:, None]
-    return share * positive + (1 - share) * jnp.take(positive, partner, axis=0)
+    own = positive_mask(labels, labels).astype(jnp.float32)
+    # Not rows of `own`: those may lie on other devices, and labels are few bytes.
+    others = positive_mask(labels[partner], labels, partner).astype(jnp.float32)
+    share = jnp.broadcast_to(jnp.asarray(share, jnp.float32), partner.shape)
+    there = (partner >= 0) & (partner < labels.shape[0])
+    share = jnp.where(there, share, jnp.nan)[:, None]
+    return share * own + (1 - share) * others
 
 
 def pair_logits(
@@ -109,3 +133,17 @@ def pair_logits(
       [batch, batch] float32 (float64 when given float64).
     """
     return logit_scale * product(image_embeddings, text_embeddings.T)
+
+
+def _of_direction(along, direction):
+    """`along(axis)`, a sum over texts (1) or images (0), or the mean of both."""
+    choices = {
+        "both": lambda: (along(1) + along(0)) / 2,
+        "per_image": lambda: along(1),
+        "per_text": lambda: along(0),
+    }
+    if direction not in choices:
+        raise ValueError(
+            f"direction must be one of {tuple(choices)}: got {direction!r}."
+        )
+    return choices[direction]()

@@ -15,6 +15,7 @@ from unicl_jax import losses
 from unicl_jax.config import PARTS
 from unicl_jax.encoders import TwoTower
 from unicl_jax.errors import InputError, choose
+from unicl_jax.mix import is_on
 from unicl_jax.objectives import classes, contrastive, positives, views
 from unicl_jax.objectives.objective import Forward, Objective
 
@@ -37,6 +38,7 @@ class _Entry(NamedTuple):
     least_views: int = 1
     most_views: float = 1
     names_images: bool = True  # or there is nothing to evaluate before another stage
+    unmixed: str = ""  # why it takes no images of two records each; "": it does
 
 
 _TEXT = ("text", "text_projection")
@@ -48,21 +50,31 @@ OBJECTIVES = {
     "linear_text": _Entry(  # Table 3
         contrastive.linear_text, labels_only=True, unused=_TEXT
     ),
-    "siglip": _Entry(contrastive.siglip),
+    "siglip": _Entry(
+        contrastive.siglip, unmixed="calls each pair a yes or a no, with no shares"
+    ),
     "cross_entropy": _Entry(
         classes.cross_entropy,
         labels_only=True,
         unused=(*_TEXT, "image_projection", "logit_scale"),
     ),
-    "multitask": _Entry(classes.multitask),  # Table 6
+    "multitask": _Entry(  # Table 6
+        classes.multitask, unmixed="has no task for half a class and half a caption"
+    ),
     "supcon": _Entry(
         views.supcon,
         unused=(*_TEXT, "logit_scale"),
         least_views=2,
         most_views=math.inf,
         names_images=False,
+        unmixed="compares several views of an image",
     ),
-    "uniclip": _Entry(views.uniclip, unused=("logit_scale",), most_views=math.inf),
+    "uniclip": _Entry(
+        views.uniclip,
+        unused=("logit_scale",),
+        most_views=math.inf,
+        unmixed="is told what was done to a picture, and has no word for this",
+    ),
 }
 
 
@@ -113,12 +125,13 @@ def check(config: Mapping) -> None:
     """Refuses what an objective cannot learn from.
 
     Args:
-      config: the whole config: `objective`, `views`, `data.sources`, `evaluations`.
+      config: the whole config: `objective`, `views`, `mix`, `data.sources`,
+        `evaluations`.
 
     Raises:
       InputError: if there is no such objective, or it needs labels and a source has
-        captions, or it takes more or fewer views, or nothing it learns can be
-        evaluated.
+        captions, or it takes more or fewer views, or no mixed images, or nothing it
+        learns can be evaluated.
     """
     name, count = config["objective"], config["views"]
     entry = choose(OBJECTIVES, name, "objective")
@@ -133,6 +146,12 @@ def check(config: Mapping) -> None:
         raise InputError(
             f'objective "{name}" takes {many}{entry.least_views} views of an image: '
             f"views is {count}; set it to {entry.least_views}."
+        )
+    mix = config.get("mix")
+    if entry.unmixed and mix is not None and is_on(mix):
+        raise InputError(
+            f'objective "{name}" {entry.unmixed}: images must not be mixed, and '
+            f"mix.mixup is {mix['mixup']}, mix.cutmix {mix['cutmix']}; set both to 0."
         )
     if not entry.names_images and len(config["evaluations"]):
         raise InputError(

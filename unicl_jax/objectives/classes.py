@@ -16,9 +16,17 @@ def cross_entropy(over, model, num_concepts):
         return _classes(key, params, num_concepts)
 
     def loss(forward):
+        labels, mixture = forward.labels, forward.mixture
         logits = _class_logits(forward.own, forward.image_features())
-        hits = logits.argmax(1) == forward.labels
-        rows = losses.cross_entropy_loss(logits, forward.labels)
+        heavier = labels
+        if mixture is not None:
+            other = labels[mixture.partner]
+            heavier = jnp.where(mixture.share >= 0.5, labels, other)
+        hits = logits.argmax(1) == heavier
+        rows = losses.cross_entropy_loss(logits, labels)
+        if mixture is not None:
+            others = losses.cross_entropy_loss(logits, other)
+            rows = mixture.share * rows + (1 - mixture.share) * others
         return rows, {"train_top1": hits.mean()}
 
     def encode_image(params, state, images):

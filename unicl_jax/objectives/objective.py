@@ -1,5 +1,6 @@
 """What an objective is, and how it sees a batch."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 
 from unicl_jax.augment import Views
 from unicl_jax.encoders import TwoTower
+from unicl_jax.mix import Mixture
 from unicl_jax.objectives.positives import identities
 
 
@@ -53,6 +55,7 @@ class Forward:
         keys: jax.Array,
         frozen: tuple[str, ...] = (),
         caption_identity: str = "row",
+        mix: Callable[[jax.Array, jax.Array], Mixture] | None = None,
     ):
         """Holds what the calls below need; nothing is computed yet.
 
@@ -66,6 +69,7 @@ class Forward:
           frozen: parts of the parameters that don't learn: such a tower runs as in
             evaluation, its drop path off, its batch statistics as they are.
           caption_identity: "text" if equal captions are positives.
+          mix: (key, normalised images) -> Mixture; None: images stay whole.
         """
         self.identities = identities(batch, caption_identity == "text")
         self.labels, self.own, self.state = (
@@ -75,14 +79,24 @@ class Forward:
         )
         self._model, self._params, self._batch = model, params, batch
         self._make_views, self._keys, self._frozen = make_views, keys, frozen
+        self._mix = mix
+
+    @functools.cached_property
+    def mixture(self) -> Mixture | None:
+        """What `image` and `image_features` see, where images are mixed, else None."""
+        if self._mix is None:
+            return None
+        # Far from the numbers by which `make_views` and `make_augment` split the key.
+        key = jax.random.fold_in(self._keys[0], 2000)
+        return self._mix(key, self._views().images[:, 0])
 
     def image(self) -> jax.Array:
         """Unit embeddings [B, D] of the first views."""
-        return self._encode(self._model.encode_image, self._views().images[:, 0])
+        return self._encode(self._model.encode_image, self._first_views())
 
     def image_features(self) -> jax.Array:
         """What the image tower says of the first views, [B, width]."""
-        return self._encode(self._model.image_features, self._views().images[:, 0])
+        return self._encode(self._model.image_features, self._first_views())
 
     def all_image_features(self) -> tuple[jax.Array, jax.Array]:
         """Features of all views, [B, V, width], and their parameters [B, V, P]."""
@@ -113,6 +127,11 @@ class Forward:
 
     def _views(self):
         return self._make_views(self._keys[0], self._batch["image"])
+
+    def _first_views(self):
+        if self.mixture is not None:
+            return self.mixture.images
+        return self._views().images[:, 0]
 
     def _encode(self, encode, images):
         out, self.state = encode(
