@@ -27,6 +27,7 @@ from unicl_jax.checks.report import (
     make_console,
     show,
     size,
+    two_digits,
     verdict,
 )
 from unicl_jax.checks.setting import abstract_state
@@ -257,7 +258,7 @@ def test_classes_that_are_empty_double_or_nearly_the_same(config, own, tmp_path)
     for name in ("sky blue", "greens", "t-shirt", "t_shirt"):
         write(own / "pictures" / name / "x.png", "green")
     said = found(config, tmp_path, WARNING)
-    assert '1 of 9 classes have no record: "unicorn"' in said["source labels"]
+    assert 'without a record: 1 of 9 classes, "unicorn"' in said["source labels"]
     concepts = said["concepts"]
     assert 'labels: several classes of one name: "sky blue"' in concepts
     assert '"green" / "greens", "t-shirt" / "t shirt"' in concepts
@@ -323,10 +324,10 @@ def test_images_that_are_large_or_turned(config, own, tmp_path):
     write(own / "pictures" / "yellow" / "turned.jpg", "yellow", exif=exif)
     said = found(config, tmp_path, WARNING)["source labels"]
     assert re.search(
-        r"1 of 26 images have over 4 megapixels: \S+large.jpg, 3000 x 2000, takes", said
+        r"over 4 megapixels: 1 of 26 images, as \S+large.jpg, 3000 x 2000, which", said
     )
     assert "64 pixels on the shorter side are enough for crops of 32" in said
-    assert re.search(r"1 of 26 images are stored turned, as \S+turned.jpg", said)
+    assert re.search(r"stored turned: 1 of 26 images, as \S+turned.jpg: EXIF", said)
 
 
 def test_what_cannot_be_mixed_is_said_once_and_the_rest_goes_on(config, tmp_path):
@@ -598,3 +599,8 @@ def test_a_report_counts_and_can_do_without_unicode(monkeypatch):
 )
 def test_sizes_are_readable(count, said):
     assert size(count) == said
+
+
+def test_measured_numbers_have_two_digits():
+    found = [two_digits(x) for x in (0.0826, 0.5, 9.96, 853.0, 14321.0)]
+    assert found == ["0.083", "0.5", "10", "850", "14,000"]

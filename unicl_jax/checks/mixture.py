@@ -4,7 +4,7 @@ import numpy as np
 
 from unicl_jax import data
 from unicl_jax.checks.records import cores
-from unicl_jax.checks.report import Section, some
+from unicl_jax.checks.report import Section, some, two_digits
 from unicl_jax.checks.setting import Setting
 from unicl_jax.checks.texts import class_counts
 from unicl_jax.data.shards import is_remote
@@ -52,7 +52,7 @@ def look_at_mixture(section: Section, setting: Setting) -> None:
         seconds += rows * setting.samples[source.name].seconds
         seen = epochs[source.name]
         text = (
-            f"{source.name}: {rows:,.{0 if rows.is_integer() else 1}f} rows of "
+            f"{source.name}: {_rows(rows)} of "
             f"{sampler.batch_size:,}, {seen:,.{0 if seen >= 100 else 1}f} epochs in "
             f"{some(steps, 'step')}"
         )
@@ -76,10 +76,14 @@ def look_at_mixture(section: Section, setting: Setting) -> None:
     here = seconds / setting.processes / cores()
     if here > 1e-3:
         section.note(
-            f"reading a batch takes {here:.2g} s on "
+            f"reading a batch takes at least {two_digits(1e3 * here)} ms on "
             f"{some(cores(), 'core')} in {some(setting.processes, 'process')}: a step "
             "that is faster waits for data"
         )
+
+
+def _rows(count):
+    return some(int(count), "row") if count.is_integer() else f"{count:,.1f} rows"
 
 
 def expected_positives(batches: data.TrainIterator) -> tuple[float, bool]:

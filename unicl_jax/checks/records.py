@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unicl_jax import data
-from unicl_jax.checks.report import Section, named, percent, some
+from unicl_jax.checks.report import Section, named, percent, some, two_digits
 from unicl_jax.data.records import Request
 
 TIMED = 16  # records that are read one by one, against the clock
@@ -98,10 +98,7 @@ def open_source(
         if reason in HARMLESS:
             section.note(f"left out: {count:,} x {reason}")
             continue
-        # Lines that say more than the count; classes without an image come below.
-        said = [x for x in lines if reason in x or "no class" in x or "damaged" in x]
-        said = [x.removeprefix(f'source "{name}": ') for x in said]
-        said = [x for x in said if not x.startswith("left out")]
+        said = [x.removeprefix(f'source "{name}": ') for x in _more(lines, reason)]
         what = f"left out: {count:,} x {reason}"
         section.warn("\n".join([what, *said]), _advice(reason))
     return source
@@ -153,9 +150,10 @@ def read_sample(
     if not broken:
         section.good(f"{some(len(indices), 'record')} read, all of them readable")
     rate = 1 / max(np.mean(seconds), 1e-9)
+    took = two_digits(1e3 * np.median(seconds))
     section.note(
-        f"an image takes {1e3 * np.median(seconds):.2g} ms to read and crop (median of "
-        f"{len(seconds)}): {_two_digits(rate)} images/s for each core"
+        f"an image takes {took} ms to read and crop (median of {len(seconds)}): "
+        f"{two_digits(rate)} images/s for each core"
     )
     _look_at_files(section, source, good, image_size)
     return Sample(indices, rows.texts, rows.labels, float(np.mean(seconds)))
@@ -186,7 +184,7 @@ def cores() -> int:
 
 def _seconds(source, indices) -> list[float]:
     some_of = indices[:: max(1, len(indices) // TIMED)][:TIMED]
-    source.why_unreadable(some_of[0])  # builds the graph
+    source.why_unreadable(some_of[0])  # the first one waits for more than its bytes
     seconds = []
     for index in some_of:
         start = time.perf_counter()
@@ -207,7 +205,7 @@ def _look_at_files(section, source, indices, image_size):
         f"shorter sides of {span} pixels, for {image_size} x {image_size}"
         + f" ({percent(small)} are enlarged)" * bool(small)
         + "; colours: "
-        + ", ".join(f"{n} {mode}" for mode, n in modes)
+        + ", ".join(f"{n:,} {mode}" for mode, n in modes)
     )
     large = [h for h in headers if h.megapixels > LARGE]
     if large and sides[-1] >= 2 * image_size:
@@ -217,16 +215,16 @@ def _look_at_files(section, source, indices, image_size):
         source.why_unreadable(top.index)
         took = 1e3 * (time.perf_counter() - start)
         section.warn(
-            f"{len(large)} of {some(len(headers), 'image')} have over {LARGE:g} "
-            f"megapixels: {source.where(top.index)}, {top.width} x {top.height}, takes "
-            f"{took:.0f} ms",
+            f"over {LARGE:g} megapixels: {len(large)} of "
+            f"{some(len(headers), 'image')}, as {source.where(top.index)}, {top.width} "
+            f"x {top.height}, which takes {took:.0f} ms",
             f"write them smaller, once: {2 * image_size} pixels on the shorter side "
             f"are enough for crops of {image_size}",
         )
     turned = [h for h in headers if h.is_turned]
     if turned:
         section.warn(
-            f"{len(turned)} of {some(len(headers), 'image')} are stored turned, as "
+            f"stored turned: {len(turned)} of {some(len(headers), 'image')}, as "
             f"{source.where(turned[0].index)}: EXIF's orientation is not applied",
             "turn their pixels, once, as `mogrify -auto-orient` does",
         )
@@ -258,13 +256,17 @@ def _short_path(path):
     return os.path.join(*Path(path).parts[-3:])
 
 
+def _more(lines, reason):
+    """Of what was logged, the lines that name a label, or the place of damage."""
+    for part, word in (("damaged", "damaged"), ("label", "for one")):
+        if part in reason:
+            return [line for line in lines if word in line]
+    return []
+
+
 def _advice(reason):
     found = (todo for part, todo in ADVICE.items() if part in reason)
     return next(found, "mend these records, or leave them out")
-
-
-def _two_digits(number):
-    return f"{float(f'{number:.2g}'):,.0f}"
 
 
 @contextlib.contextmanager

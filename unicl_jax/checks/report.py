@@ -146,3 +146,8 @@ def percent(share: float) -> str:
     if 0 < share < 1e-3:
         return "under 0.1 %"
     return f"{100 * share:.{0 if share in (0, 1) or share >= 0.1 else 1}f} %"
+
+
+def two_digits(number: float) -> str:
+    """A measured number as 0.083, 12, 1,400: no more digits than it has."""
+    return f"{float(f'{number:.2g}'):,.15g}"

@@ -89,7 +89,7 @@ def look_at_labels(
         return
     empty = [names[i] for i in np.flatnonzero(counts == 0)]
     if empty:
-        text = f"{len(empty):,} of {some(len(names), 'class')} have no record: "
+        text = f"without a record: {len(empty):,} of {some(len(names), 'class')}, "
         text += named(empty)
         if train:
             section.warn(text, "add images of them, or take them out of the classes")
