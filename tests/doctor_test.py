@@ -35,7 +35,7 @@ from unicl_jax.data.arrays import ArraySource
 from unicl_jax.data.iterator import TrainIterator
 from unicl_jax.errors import InputError
 from unicl_jax.step import init_state
-from unicl_jax.workdir import prepare_workdir
+from unicl_jax.workdir import keep_concepts, prepare_workdir
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs" / "own_data.py"
@@ -260,7 +260,7 @@ def test_classes_that_are_empty_double_or_nearly_the_same(config, own, tmp_path)
     said = found(config, tmp_path, WARNING)
     assert 'without a record: 1 of 9 classes, "unicorn"' in said["source labels"]
     concepts = said["concepts"]
-    assert 'labels: several classes of one name: "sky blue"' in concepts
+    assert 'labels: several classes of one concept: "sky blue"' in concepts
     assert '"green" / "greens", "t-shirt" / "t shirt"' in concepts
 
 
@@ -281,6 +281,39 @@ def test_captions_that_are_long_alike_or_a_class(config, own, tmp_path):
         'captions: the caption of 4 of 24 records is a concept\'s name, as "deep red"'
     )
     assert text in said["concepts"]
+
+
+def test_equal_captions_that_are_positives_are_no_fault(config, own, tmp_path):
+    rows = [f"more/{i}.webp,the same" for i in range(24)]
+    (own / "captions.csv").write_text("\n".join(["filepath,caption", *rows]))
+    said = found(config, tmp_path, WARNING)
+    assert "100 % of 24 records share" in said["source captions"]
+    assert 'set data.caption_identity to "text"' in said["source captions"]
+    config.data.caption_identity = "text"
+    assert "source captions" not in found(config, tmp_path, WARNING)
+    assert "100 % of 24" in found(config, tmp_path, NOTE)["source captions"]
+
+
+def test_synonyms_join_names_and_those_unknown_are_told(config, own, tmp_path):
+    with config.unlocked():
+        config.data.synonyms = (("green", "verde"), ("gren", "lime"))
+    write(own / "held_out" / "verde" / "x.png", "green")
+    said = found(config, tmp_path)["concepts"]
+    assert 'data.synonyms that no source has: "verde", "gren", "lime"' in said
+    assert "no concept of training" not in said  # "verde" is one
+
+
+def test_a_concept_table_that_has_changed_is_refused(config, own, tmp_path):
+    workdir = tmp_path / "run"
+    setting = setting_of(config, tmp_path, workdir=workdir)
+    assert not any(section.count(PROBLEM) for section in examine(setting))
+    prepare_workdir(workdir, config, write=True)
+    keep_concepts(workdir, setting.batches.concepts, write=True)
+    (workdir / "checkpoints" / "6").mkdir(parents=True)
+    assert not found(config, tmp_path, PROBLEM, workdir=workdir)
+    (own / "pictures" / "green").rename(own / "pictures" / "lime")
+    said = found(config, tmp_path, PROBLEM, workdir=workdir)
+    assert [*said] == ["concepts"] and 'was "green", is "lime"' in said["concepts"]
 
 
 def test_labels_out_of_range(config, own, tmp_path):
@@ -326,7 +359,7 @@ def test_images_that_are_large_or_turned(config, own, tmp_path):
     assert re.search(
         r"over 4 megapixels: 1 of 26 images, as \S+large.jpg, 3000 x 2000, which", said
     )
-    assert "64 pixels on the shorter side are enough for crops of 32" in said
+    assert "--max_side=64: enough for crops of 32" in said
     assert re.search(r"stored turned: 1 of 26 images, as \S+turned.jpg: EXIF", said)
 
 
@@ -367,7 +400,7 @@ def test_made_up_records_leave_nothing(tmp_path):
     said = found(config, workdir, workdir=workdir, processes=4)
     assert "made up in a folder of this look's own" in said["config"]
     assert "gcc: 2 shards for 4 processes" in said["processes"]
-    assert "write 4 or more" in said["processes"]
+    assert "--shards=4" in said["processes"]
     assert "4 processes: each reads 8 rows a batch" in said["processes"]
     assert "at least" in said["mixture"]
     assert [path.name for path in workdir.iterdir()] == ["contact_sheet.png"]

@@ -18,7 +18,7 @@ from unicl_jax.checks.resources import look_at_resources
 from unicl_jax.checks.setting import Setting, look_at_config
 from unicl_jax.checks.texts import look_at_captions, look_at_labels, look_at_prompts
 from unicl_jax.errors import InputError
-from unicl_jax.workdir import CONTACT_SHEET
+from unicl_jax.workdir import CONTACT_SHEET, keep_concepts
 
 __all__ = ["Section", "Setting", "examine"]
 
@@ -79,7 +79,8 @@ def _look_at_source(section, setting, name):
             templates = data.load_templates(setting.config.data.templates)
             look_at_prompts(section, source.class_names, templates, setting.tokenizer)
     elif setting.tokenizer is not None:
-        look_at_captions(section, sample, setting.tokenizer)
+        by_text = setting.config.data.caption_identity == "text"
+        look_at_captions(section, sample, setting.tokenizer, by_text)
 
 
 def _look_at_evaluation(section, setting, name):
@@ -102,11 +103,16 @@ def _look_at_evaluation(section, setting, name):
     look_at_prompts(section, source.class_names, templates, setting.tokenizer)
     if setting.model is not None and setting.batches is not None:
         mesh = sharding.make_mesh()
-        concepts = setting.batches.concepts.names
+        concepts = setting.batches.concepts
         objective = objectives.make_objective(
-            setting.config.objective, setting.model, mesh, num_concepts=len(concepts)
+            setting.config.objective,
+            setting.model,
+            mesh,
+            num_concepts=len(concepts.names),
         )
-        encoders = evaluation.make_encoders(setting.model, mesh, objective, concepts)
+        encoders = evaluation.make_encoders(
+            setting.model, mesh, objective, concepts.index
+        )
         evaluation.ZeroShotTask(name, source, templates, setting.tokenizer, encoders)
 
 
@@ -124,6 +130,8 @@ def _look_at_concepts(section, setting):
         section.note(NOT_ALL)
         return
     concepts = setting.batches.concepts
+    if setting.workdir is not None:
+        keep_concepts(setting.workdir, concepts, write=False)
     look_at_concepts(section, concepts, setting.samples)
     look_at_unnamed(section, setting.evaluations, concepts)
 

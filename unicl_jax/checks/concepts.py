@@ -29,14 +29,20 @@ def look_at_concepts(
         section.note("none: every image has a caption")
         return
     section.good(f"{some(len(concepts.names), 'concept')}: {named(concepts.names)}")
+    if concepts.unknown_synonyms:
+        section.warn(
+            "names of data.synonyms that no source has: "
+            + named(concepts.unknown_synonyms),
+            "look for typos",
+        )
     inside = {name: np.bincount(of) for name, of in concepts.of_source.items()}
     for source, counts in inside.items():
         double = [concepts.names[c] for c in np.flatnonzero(counts > 1)]
         if double:
             section.warn(
-                f"{source}: several classes of one name: {named(double)}",
-                "give them names of their own, if they are not the same: now they are "
-                "each other's positives",
+                f"{source}: several classes of one concept: {named(double)}",
+                "give them names of their own, if they are not the same: now their "
+                "rows are each other's positives",
             )
     holders = collections.Counter(
         int(c) for of in concepts.of_source.values() for c in np.unique(of)
@@ -49,9 +55,9 @@ def look_at_concepts(
         pairs = [" / ".join(f'"{name}"' for name in group) for group in alike]
         section.warn(
             f"nearly the same: {named(pairs, '')}",
-            "spell them alike, if they mean the same: now they are negatives",
+            "join them by data.synonyms, if they mean the same: now they are negatives",
         )
-    known = {name.lower() for name in concepts.names}
+    known = concepts.index.keys()
     for source, sample in samples.items():
         captions = collections.Counter(
             key for texts in sample.texts for key in {*_keys(texts)} & known
@@ -78,7 +84,7 @@ def look_at_unnamed(
       evaluations: by name.
       concepts: of the run.
     """
-    known = {name.lower() for name in concepts.names}
+    known = concepts.index.keys()
     if not known:
         return
     for task, source in evaluations.items():

@@ -144,8 +144,8 @@ def look_at_processes(section: Section, setting: Setting) -> None:
         elif shards < count:
             section.warn(
                 f"{text} for {count} processes, which all read the same files",
-                f"write {count} or more: a batch's rows are divided, not the shards, "
-                "and few files are slow to read from many machines at once",
+                f"write {count} or more, as `python -m unicl_jax.prepare` does with "
+                f"--shards={count}: few files are slow to read from many machines",
             )
         elif count > 1:
             section.note(

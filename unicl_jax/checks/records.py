@@ -218,8 +218,8 @@ def _look_at_files(section, source, indices, image_size):
             f"over {LARGE:g} megapixels: {len(large)} of "
             f"{some(len(headers), 'image')}, as {source.where(top.index)}, {top.width} "
             f"x {top.height}, which takes {took:.0f} ms",
-            f"write them smaller, once: {2 * image_size} pixels on the shorter side "
-            f"are enough for crops of {image_size}",
+            f"write them smaller, once, as `python -m unicl_jax.prepare` does with "
+            f"--max_side={2 * image_size}: enough for crops of {image_size}",
         )
     turned = [h for h in headers if h.is_turned]
     if turned:

@@ -17,13 +17,16 @@ MANY_TIMES = 50  # the largest class over the median one
 FEW = 2  # records of a class
 
 
-def look_at_captions(section: Section, sample: Sample, tokenizer: Tokenizer) -> None:
+def look_at_captions(
+    section: Section, sample: Sample, tokenizer: Tokenizer, by_text: bool
+) -> None:
     """How long captions are, and how many are alike.
 
     Args:
       section: to add to.
       sample: of an image-text source.
       tokenizer: of the run.
+      by_text: whether equal captions are positives, as data.caption_identity says.
     """
     texts = [text for captions in sample.texts for text in captions]
     lengths = np.array([len(tokenizer.encode(text)) + 2 for text in texts])
@@ -60,11 +63,11 @@ def look_at_captions(section: Section, sample: Sample, tokenizer: Tokenizer) -> 
         f"{percent(np.mean(equal))} of {some(len(equal), 'record')} share a caption "
         f'with another one, as {count} do "{_short(top)}"'
     )
-    if np.mean(equal) > MANY_EQUAL:
+    if np.mean(equal) > MANY_EQUAL and not by_text:
         section.warn(
             said,
-            "equal captions are each other's negatives: where they are class names, "
-            "make an image-label source of them",
+            'set data.caption_identity to "text", or they are each other\'s negatives; '
+            "or make an image-label source of them, where they are class names",
         )
     else:
         section.note(said)
