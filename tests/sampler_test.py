@@ -1,11 +1,13 @@
 """The order of records: exact shares, every record once an epoch, no state."""
 
+import hashlib
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from unicl_jax.data.sampler import MIXTURES, Sampler, SourceInfo, hash_bits, permute
+from unicl_jax.data.permutation import hash_bits, permute, permute_each
+from unicl_jax.data.sampler import MIXTURES, Sampler, SourceInfo
 from unicl_jax.errors import InputError
 
 LABEL, TEXT = "image_label", "image_text"
@@ -60,6 +62,18 @@ def test_permute_has_no_bias_by_position():
     counts = np.array([np.bincount(column, minlength=8) for column in images.T])
     # 64 counts of mean 500, spread 21: 5 spreads is one in a million.
     assert np.abs(counts - 500).max() < 5 * 21
+
+
+def test_rows_may_have_lengths_and_keys_of_their_own():
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([np.arange(1, 301), rng.integers(1, 2**40, 100)])
+    positions, keys = rng.integers(0, lengths), rng.integers(-9, 2**40, 400)
+    images = permute_each(positions, lengths, 7, keys, 3)
+    assert images.dtype == np.int64
+    rows = zip(positions.tolist(), lengths.tolist(), keys.tolist(), strict=True)
+    assert images.tolist() == [
+        int(permute(np.array([at]), length, 7, key, 3)[0]) for at, length, key in rows
+    ]
 
 
 def test_hash_bits_are_the_numbers_they_were():
@@ -185,6 +199,31 @@ def test_a_plan_depends_on_seed_and_step_alone():
     assert same(later, sampler().plan(17))
     assert not same(later, sampler().plan(18))
     assert not same(later, sampler(seed=1).plan(17))
+
+
+def digest(one):
+    """Of the plans of a few steps."""
+    plans = hashlib.sha256()
+    for step in (0, 1, 2, 17, 99, 1000, 123456):
+        for part, dtype in zip(one.plan(step), ("<i8", "<i8", "<u4"), strict=True):
+            plans.update(part.astype(dtype).tobytes())
+    return plans.hexdigest()[:16]
+
+
+def test_plans_are_those_of_runs_before_there_were_lanes():
+    """Computed then: a run in progress must go on as it began."""
+    found = [
+        digest(sampler(m, size, seed))
+        for m in MIXTURES
+        for size, seed in [(32, 0), (30, 7)]
+    ]
+    assert found == [
+        *("d75a8ad86b24368d", "9c35f88d756da7fd"),  # balanced
+        *("33a4fa6119947311", "aeda9a6d31d214fc"),  # proportional
+        *("313574490eab417d", "8f6d862e688ecd7a"),  # weights
+    ]
+    large = [SourceInfo("a", LABEL, 1281167), SourceInfo("b", TEXT, 10**9 + 7)]
+    assert digest(sampler("balanced", 256, 3, large)) == "aa4c45da43eeb392"
 
 
 def test_a_plan_shuffles_the_sources_and_seeds_every_row():

@@ -21,6 +21,8 @@ class ArraySource:
       kind: "image_label" or "image_text".
       class_names: names by class index; () for image-text.
       skipped: stays empty: nothing in memory is unreadable.
+      shard_sizes: (): there are no shards.
+      is_far: False.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class ArraySource:
                 f"{len(images)} images and {len(given)}."
             )
         self.name, self.images = name, images
+        self.shard_sizes, self.is_far = (), False
         self.class_names = tuple(class_names)
         self.skipped = collections.Counter()
         if labels is not None:

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from unicl_jax.data.sampler import absorb
+from unicl_jax.data.permutation import absorb
 
 _START = 0x452821E638D01377  # pi's digits again, from where `sampler` has not taken
 _FLOAT = 2.0**-53

@@ -54,6 +54,30 @@ class Index:
         """Returns the number of records."""
         return len(self.shard)
 
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """[s] records of each shard, which lie side by side in the index."""
+        return np.bincount(self.shard, minlength=len(self.shards))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the shards from the first to the last record of each."""
+        sizes = self.shard_sizes[self.shard_sizes > 0]
+        firsts = np.cumsum(sizes) - sizes
+        _, begins, ends = self.spans(slice(None))
+        begins = np.minimum.reduceat(begins, firsts)
+        return int((np.maximum.reduceat(ends, firsts) - begins).sum())
+
+    def spans(self, indices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where records lie, with image and text: [n] shard, start and end in bytes."""
+        start = self.offset[indices]
+        stop = start + self.size[indices]
+        if len(self.text_offset):
+            text = self.text_offset[indices]
+            start = np.minimum(start, text)
+            stop = np.maximum(stop, text + self.text_size[indices])
+        return self.shard[indices], start, stop
+
 
 def _crc32c_table() -> list[int]:
     table = []

@@ -69,6 +69,11 @@ class FileIndex:
         """Returns the number of records."""
         return len(self.paths)
 
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """(): a file is a record."""
+        return ()
+
 
 def list_class_folders(
     source: str, root: str

@@ -6,7 +6,7 @@ W pixels.
 """
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -54,12 +54,17 @@ class Source(Protocol):
       kind: one of KINDS.
       class_names: names by class index; () for image-text.
       skipped: reason -> how many unreadable records were replaced so far.
+      shard_sizes: how many records each shard has, which lie side by side, in the order
+        of the indices; () for a source without shards.
+      is_far: whether shards are read in blocks, with a window: see `FileSource`.
     """
 
     name: str
     kind: str
     class_names: tuple[str, ...]
     skipped: collections.Counter
+    shard_sizes: Sequence[int]
+    is_far: bool
 
     def __len__(self) -> int:
         """Returns the number of records, readable or not."""

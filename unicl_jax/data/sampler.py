@@ -5,7 +5,6 @@ any number of processes, and stays the same with any version of NumPy, whose ran
 streams may change.
 """
 
-import functools
 import zlib
 from collections.abc import Sequence
 from fractions import Fraction
@@ -13,16 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from unicl_jax.data.permutation import hash_bits, permute, permute_each
+from unicl_jax.data.windows import WindowedOrder, of_lane
 from unicl_jax.errors import InputError, choose
-
-_ROUNDS = 6
-_TABLE_UNTIL = 2**16  # positions of a permutation that is kept whole: 512 KiB
-
-# SplitMix64: what is added before each mixing and what mixing multiplies by. The start
-# is the first digits of pi.
-_START, _GOLDEN = 0x243F6A8885A308D3, 0x9E3779B97F4A7C15
-_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_MASK = 2**64 - 1
 
 
 class SourceInfo(NamedTuple):
@@ -32,6 +24,7 @@ class SourceInfo(NamedTuple):
     kind: str
     length: int
     weight: float = 1.0
+    shard_sizes: Sequence[int] = ()  # records of each; a shard's lie side by side
 
 
 class Plan(NamedTuple):
@@ -42,96 +35,6 @@ class Plan(NamedTuple):
     seed: np.ndarray  # uint32: of its crop, flip, prompt or caption
 
 
-def hash_bits(*keys) -> np.ndarray:
-    """64 well-mixed bits from integers, element by element.
-
-    Args:
-      *keys: integers or arrays of them, broadcast together; their order matters.
-
-    Returns:
-      uint64, of the broadcast shape.
-
-    Source: the finaliser of SplitMix64 (Steele et al., OOPSLA 2014), once a key.
-    """
-    state = np.uint64(_START)
-    with np.errstate(over="ignore"):
-        for key in keys:
-            state = _mix(state + np.uint64(_GOLDEN) + _uint64(key))
-    return state
-
-
-def _mix(state):
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(_FIRST)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(_SECOND)
-    return state ^ (state >> np.uint64(31))
-
-
-def _uint64(key):
-    return np.asarray(key).astype(np.int64).astype(np.uint64)
-
-
-def absorb(state: int, key: int) -> int:
-    """One key of `hash_bits`, in Python's integers: for one number they are faster."""
-    state = (state + _GOLDEN + key) & _MASK
-    state = ((state ^ (state >> 30)) * _FIRST) & _MASK
-    state = ((state ^ (state >> 27)) * _SECOND) & _MASK
-    return state ^ (state >> 31)
-
-
-@functools.lru_cache(maxsize=64)
-def _round_states(length: int, *keys: int) -> list[np.ndarray]:
-    """What each round of `permute` has of `hash_bits` before it sees a position."""
-    states = []
-    for round_number in range(_ROUNDS):
-        key = functools.reduce(absorb, (length, *keys, round_number), _START)
-        state = absorb(_START, key) + _GOLDEN
-        states.append(np.array([state & _MASK], np.uint64))
-    return states
-
-
-def permute(positions: np.ndarray, length: int, *keys: int) -> np.ndarray:
-    """Where a keyed random permutation of `range(length)` sends each position.
-
-    A Feistel network on the smallest even number of bits that covers the range, walked
-    until it lands inside: a source of a billion records needs no table, and short ones
-    have theirs from the same walk.
-
-    Args:
-      positions: [n] integer in [0, length).
-      length: how many there are.
-      *keys: integers that name the permutation.
-
-    Returns:
-      [n] int64 in [0, length); distinct for distinct positions.
-
-    Source: Black and Rogaway, CT-RSA 2002 (cycle walking).
-    """
-    if length <= _TABLE_UNTIL:
-        return _table(int(length), *map(int, keys))[positions]
-    return _walk(_uint64(positions), length, *keys)
-
-
-@functools.lru_cache(maxsize=32)
-def _table(length: int, *keys: int) -> np.ndarray:
-    """The whole permutation: cheaper than a walk for each batch of a short epoch."""
-    return _walk(np.arange(length, dtype=np.uint64), length, *keys)
-
-
-def _walk(values: np.ndarray, length: int, *keys: int) -> np.ndarray:
-    """`permute` of uint64 positions, which it overwrites."""
-    half = max(1, (max(length - 1, 1).bit_length() + 1) // 2)
-    bits, low = np.uint64(half), np.uint64((1 << half) - 1)
-    states = _round_states(int(length), *map(int, keys))
-    todo = np.arange(len(values))
-    while len(todo):
-        left, right = values[todo] >> bits, values[todo] & low
-        for state in states:  # left ^= hash_bits(the round's key, right)
-            left, right = right, left ^ (_mix(state + right) & low)
-        values[todo] = (left << bits) | right
-        todo = todo[values[todo] >= length]
-    return values.astype(np.int64)
-
-
 class Sampler:
     """The order of records: epochs of each source, mixed by exact counts.
 
@@ -140,10 +43,16 @@ class Sampler:
     after every step its total is within one row of the exact share: there is no
     sampling noise in the mixture.
 
+    The batch is made of lanes, equal runs of its rows, and all that holds of each lane,
+    too. With a window, the lanes walk a source that lies in shards as `windows` says;
+    else its order is one permutation of all its records.
+
     Attributes:
       sources: as given.
       batch_size: B.
+      lanes: L.
       shares: fraction of the batch, by source; they sum to 1.
+      windowed: the orders of sources that are read window by window, by source number.
     """
 
     def __init__(
@@ -152,6 +61,8 @@ class Sampler:
         batch_size: int,
         mixture: str,
         seed: int,
+        lanes: int = 1,
+        window: int = 0,
     ):
         """Sets the shares.
 
@@ -160,12 +71,20 @@ class Sampler:
           batch_size: global, > 0.
           mixture: a key of MIXTURES.
           seed: of the whole order.
+          lanes: lane l has the rows [l B / L, (l + 1) B / L) of every batch.
+          window: records that a lane mixes; 0: all records of a source are mixed.
 
         Raises:
-          InputError: if the mixture does not fit the sources, or a source would get
-            less than one row a batch.
+          InputError: if the mixture does not fit the sources, lanes do not divide the
+            batch, or a source would get less than one row a batch.
         """
         self.sources, self.batch_size, self._seed = tuple(sources), batch_size, seed
+        self.lanes = lanes
+        if batch_size % lanes:
+            raise InputError(
+                f"batch_size must be divisible by data.lanes: got {batch_size} and "
+                f"{lanes}."
+            )
         shares = choose(MIXTURES, mixture, "data.mixture")(self.sources)
         self.shares = tuple(Fraction(s) / sum(shares) for s in shares)
         for source, share in zip(self.sources, self.shares, strict=True):
@@ -175,20 +94,62 @@ class Sampler:
                     f'"{source.name}" has a share of {float(share):.2g} of batch_size '
                     f"{batch_size}; raise its weight or the batch size."
                 )
+        self._side_by_side = self._arranged()
+        self._check_lanes()
+        self.windowed = {
+            k: WindowedOrder(source.name, source.shard_sizes, lanes, window, seed)
+            for k, source in enumerate(self.sources)
+            if window and len(source.shard_sizes)
+        }
+
+    def _arranged(self):
+        """The sources, as a batch's rows are laid side by side to be rounded."""
+        # Kind by kind, so that rounding never moves a row from one kind to the other.
+        kinds = dict.fromkeys(source.kind for source in self.sources)
+        order = []
+        for kind in kinds:
+            own = [k for k, source in enumerate(self.sources) if source.kind == kind]
+            if self.lanes > 1:  # small ones where `_check_lanes` asks least: outside
+                own.sort(key=lambda k: self.shares[k])
+                own = own[::2] + own[1::2][::-1]
+            order += own
+        return order
+
+    def _check_lanes(self):
+        """With a whole row between the edges of a source, it never loses one."""
+        size, reached = self.batch_size // self.lanes, Fraction(0)
+        for k in self._side_by_side:
+            start, reached = reached, reached + size * self.shares[k]
+            if reached // 1 < -(-start // 1):
+                raise InputError(
+                    "sources must get about a row a batch in each of data.lanes: "
+                    f'"{self.sources[k].name}" has a share of '
+                    f"{float(self.shares[k]):.2g} of {size} rows; raise its weight or "
+                    "the batch size, or set fewer data.lanes."
+                )
 
     def drawn(self, step: int) -> list[int]:
         """How many rows of each source the batches before `step` hold."""
-        # Kind by kind, so that rounding never moves a row from one kind to the other.
-        kinds = list(dict.fromkeys(source.kind for source in self.sources))
-        order = sorted(
-            range(len(self.shares)), key=lambda k: kinds.index(self.sources[k].kind)
-        )
-        rows, exact, reached = [0] * len(order), Fraction(0), 0
-        for k in order:
+        return [stop - start for start, stop in self._edges(step)]
+
+    def _edges(self, step):
+        """The rows before `step`, laid side by side: from where to where a source's."""
+        edges, exact, reached = [(0, 0)] * len(self.shares), Fraction(0), 0
+        for k in self._side_by_side:
             exact += step * self.batch_size * self.shares[k]
             edge = (2 * exact.numerator + exact.denominator) // (2 * exact.denominator)
-            rows[k], reached = edge - reached, edge
-        return rows
+            edges[k], reached = (reached, edge), edge
+        return edges
+
+    def drawn_by_lane(self, step: int) -> np.ndarray:
+        """As `drawn`, [sources, L]: the rows so laid are dealt out to the lanes."""
+        lane = np.arange(self.lanes)
+        return np.array(
+            [
+                of_lane(stop, lane, self.lanes) - of_lane(start, lane, self.lanes)
+                for start, stop in self._edges(step)
+            ]
+        )
 
     def epochs(self, step: int) -> dict[str, float]:
         """Epochs of each source seen before `step`."""
@@ -208,31 +169,50 @@ class Sampler:
           step: >= 0.
 
         Returns:
-          The rows, the sources shuffled among each other.
+          The rows; in each lane the sources are shuffled among each other.
         """
-        sources, indices = [], []
-        before, after = self.drawn(step), self.drawn(step + 1)
-        for s, (source, start, stop) in enumerate(
-            zip(self.sources, before, after, strict=True)
-        ):
-            position = np.arange(start, stop)
-            index = np.empty(len(position), np.int64)
-            epoch = position // source.length
-            for e in np.unique(epoch):
-                at = epoch == e
-                name_key = zlib.crc32(source.name.encode())
-                index[at] = permute(
-                    position[at] % source.length, source.length, self._seed, name_key, e
-                )
-            indices.append(index)
-            sources.append(np.full(len(position), s))
-        order = permute(np.arange(self.batch_size), self.batch_size, self._seed, step)
+        sources, indices, lanes = [], [], []
+        before, after = self.drawn_by_lane(step), self.drawn_by_lane(step + 1)
+        for s, counts in enumerate(after - before):
+            lane = np.repeat(np.arange(self.lanes), counts)
+            start = np.cumsum(counts) - counts  # of a lane's rows among these
+            number = np.arange(len(lane)) + np.repeat(before[s] - start, counts)
+            if s in self.windowed:
+                indices.append(self.windowed[s].indices(lane, number))
+            else:
+                indices.append(self._anywhere(s, number * self.lanes + lane))
+            sources.append(np.full(len(lane), s))
+            lanes.append(lane)
+        by_lane = np.argsort(np.concatenate(lanes), kind="stable")
+        order = by_lane[self._shuffled(step)]
         seeds = hash_bits(self._seed, 1, step, np.arange(self.batch_size))
         return Plan(
             np.concatenate(sources)[order],
             np.concatenate(indices)[order],
             (seeds >> np.uint64(32)).astype(np.uint32),
         )
+
+    def _anywhere(self, s, position):
+        """The records of a source at positions of its epochs, one after the other."""
+        source = self.sources[s]
+        index = np.empty(len(position), np.int64)
+        epoch = position // source.length
+        for e in np.unique(epoch):
+            at = epoch == e
+            name_key = zlib.crc32(source.name.encode())
+            index[at] = permute(
+                position[at] % source.length, source.length, self._seed, name_key, e
+            )
+        return index
+
+    def _shuffled(self, step):
+        """[B]: the rows' order, which leaves each lane's where they are."""
+        size = self.batch_size // self.lanes
+        if self.lanes == 1:
+            return permute(np.arange(size), size, self._seed, step)
+        lane, row = np.divmod(np.arange(self.batch_size), size)
+        sizes = np.full(self.batch_size, size)
+        return lane * size + permute_each(row, sizes, self._seed, step, lane)
 
 
 def _proportional(sources):
