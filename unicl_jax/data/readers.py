@@ -79,7 +79,7 @@ class TFRecordReader:
         self.index = index
         self.fields = dict(fields)
         self._label_offset = label_offset
-        self._shards = ShardReader(index.shards)
+        self.shards = ShardReader(index.shards)
 
     def read(self, index: int) -> tuple[bytes, bytes, int]:
         """Returns the image bytes, the captions joined by SEPARATOR, the label."""
@@ -141,7 +141,7 @@ class TFRecordReader:
         """The features of a record by name, None if it is no tf.Example."""
         at = self.index
         span = int(at.shard[index]), int(at.offset[index]), int(at.size[index])
-        payload = _read(self._shards, *span)
+        payload = _read(self.shards, *span)
         example = import_tensorflow().train.Example
         try:
             return example.FromString(payload).features.feature
@@ -199,15 +199,15 @@ class WebDatasetReader(_PartsReader):
         self._key = text_key
         self._is_label = is_label
         self._label_offset = label_offset
-        self._shards = ShardReader(index.shards)
+        self.shards = ShardReader(index.shards)
 
     def read(self, index: int) -> tuple[bytes, bytes, int]:
         """Returns the image bytes, the captions joined by SEPARATOR, the label."""
         at, shard = self.index, int(self.index.shard[index])
         text = _read(
-            self._shards, shard, int(at.text_offset[index]), int(at.text_size[index])
+            self.shards, shard, int(at.text_offset[index]), int(at.text_size[index])
         )
-        image = _read(self._shards, shard, int(at.offset[index]), int(at.size[index]))
+        image = _read(self.shards, shard, int(at.offset[index]), int(at.size[index]))
         value = text
         if self._key:
             try:

@@ -10,10 +10,12 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
+from unicl_jax.data.block_cache import BlockCache
 from unicl_jax.data.tensorflow import import_tensorflow
 from unicl_jax.errors import InputError
 
 _MAX_OPEN_FILES = 256  # below the common limit of 1024 a process
+BLOCK = 4 << 20  # bytes; a whole number of MiB, which GCS reads are told in
 
 
 def is_remote(path: str) -> bool:
@@ -22,11 +24,18 @@ def is_remote(path: str) -> bool:
 
 
 def gfile():
-    """Returns tf.io.gfile, set up for short reads from Google Cloud Storage."""
-    # TensorFlow's GCS client fetches whole blocks, 64 MiB unless told; one record here
-    # or there is far less. Read when the first gs:// path is opened.
-    os.environ.setdefault("GCS_READ_CACHE_BLOCK_SIZE_MB", "1")
+    """Returns tf.io.gfile."""
     return import_tensorflow().io.gfile
+
+
+def set_gcs_reads(num_bytes: int) -> None:
+    """Says how much TensorFlow fetches from Google Cloud Storage at once: 64 MiB else.
+
+    Args:
+      num_bytes: whole MiB. TensorFlow looks as it is imported: the first call counts,
+        and one after that import has no effect. A user's own setting stays.
+    """
+    os.environ.setdefault("GCS_READ_CACHE_BLOCK_SIZE_MB", str(num_bytes >> 20))
 
 
 def find_shards(source: str, path: str | Iterable[str], suffix: str) -> tuple[str, ...]:
@@ -146,6 +155,30 @@ class ShardReader:
         self._shards = shards
         self._lock = threading.Lock()
         self._files = {}  # shard -> open file, the least recently used first
+        self._blocks = None
+
+    def keep_blocks(self, num_blocks: int) -> None:
+        """Reads whole blocks from now on, for records asked for near each other.
+
+        Args:
+          num_blocks: of BLOCK bytes, that are kept at most.
+        """
+        self._blocks = BlockCache(self._block, num_blocks)
+
+    def fetch_ahead(
+        self, shard: Sequence[int], start: Sequence[int], stop: Sequence[int]
+    ) -> None:
+        """Begins to fetch the blocks in which spans begin and end.
+
+        Args:
+          shard: [n] positions in `shards`.
+          start: [n] bytes.
+          stop: [n] bytes, beyond the last ones.
+        """
+        spans = zip(shard, start, stop, strict=True)
+        keys = ((s, at // BLOCK) for s, *ends in spans for at in (ends[0], ends[1] - 1))
+        for key in dict.fromkeys(keys):
+            self._blocks.start(key)
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """Reads one span.
@@ -161,16 +194,36 @@ class ShardReader:
         Raises:
           OSError: if the file cannot be read or ends before that.
         """
-        path = self._shards[shard]
-        if is_remote(path):
-            with open_shard(path) as file:  # one a read: gfile's are not thread-safe
-                file.seek(offset)
-                data = file.read(size)
+        if self._blocks is None:
+            data = self._span(shard, offset, size)
         else:
-            data = os.pread(self._local(shard).fd, size, offset)
+            data = self._from_blocks(shard, offset, offset + size)
         if len(data) != size:
-            raise OSError(f"{path} ends before byte {offset + size}")
+            raise OSError(f"{self._shards[shard]} ends before byte {offset + size}")
         return data
+
+    def _from_blocks(self, shard, start, stop):
+        parts = []
+        for number in range(start // BLOCK, -(-stop // BLOCK)):
+            key, first = (shard, number), number * BLOCK
+            block = self._blocks.get(key)
+            if first + len(block) < min(stop, first + BLOCK):
+                self._blocks.forget(key)  # cut short: the next reader may have luck
+            parts.append(block[max(start - first, 0) : stop - first])
+        return b"".join(parts)
+
+    def _block(self, key):
+        shard, number = key
+        return self._span(shard, number * BLOCK, BLOCK)
+
+    def _span(self, shard, offset, size):
+        """What of the span the file has."""
+        path = self._shards[shard]
+        if not is_remote(path):
+            return os.pread(self._local(shard).fd, size, offset)
+        with open_shard(path) as file:  # one a read: gfile's are not thread-safe
+            file.seek(offset)
+            return file.read(size)
 
     def _local(self, shard: int) -> "_Descriptor":
         with self._lock:

@@ -40,6 +40,8 @@ def make_file_source(
         root, delimiter: csv only; see `tables.read_tables`.
         preprocess: see `preprocess.make_preprocess`.
         max_skips_in_a_row: unreadable neighbours before the run stops; default 100.
+        in_blocks: shards only; with a window, whether local ones are read in blocks, as
+          remote ones always are: for disks that seek and mounted buckets.
         index_cache: folder that keeps the index of the shards; default none. Worth it
           for gs:// paths, whose first index reads all the data once.
       image_size: pixels of a side of the images.
@@ -62,6 +64,7 @@ def make_file_source(
         image_size=image_size,
         train=train,
         max_skips_in_a_row=int(config.get("max_skips_in_a_row") or 100),
+        in_blocks=bool(config.get("in_blocks")),
     )
 
 

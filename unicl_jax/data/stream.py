@@ -9,10 +9,12 @@ import numpy as np
 from unicl_jax.data.preprocess import make_preprocess
 from unicl_jax.data.readers import Unreadable, check_target
 from unicl_jax.data.records import NO_LABEL, Request, Rows
+from unicl_jax.data.shards import BLOCK, is_remote
 from unicl_jax.data.tensorflow import import_tensorflow
 from unicl_jax.errors import InputError
 
 _CHUNK = 16  # records that a thread takes at once
+_FETCH_AHEAD = 1024  # records whose blocks are on their way, in threads of their own
 _READ_AHEAD = 32  # chunks; 77 MB at 224 pixels
 
 
@@ -46,6 +48,7 @@ class FileSource:
         image_size: int,
         train: bool,
         max_skips_in_a_row: int = 100,
+        in_blocks: bool = False,
     ):
         """Checks the settings; `stream` starts the threads.
 
@@ -58,11 +61,15 @@ class FileSource:
           image_size: pixels of a side of the images.
           train: random crops and flips, or the centre crop.
           max_skips_in_a_row: neighbours tried in place of an unreadable record.
+          in_blocks: whether local shards are read as remote ones are.
         """
         self.name = name
         self.kind = kind
         self.class_names = tuple(class_names)
         self.skipped = collections.Counter(reader.index.damaged)
+        self.shard_sizes = reader.index.shard_sizes
+        self._in_blocks = in_blocks
+        self._fetched_ahead = 0  # records; with blocks only
         self._reader = reader
         self._image_size = image_size
         self._max_skips_in_a_row = max_skips_in_a_row
@@ -103,6 +110,40 @@ class FileSource:
             return error.reason
         return ""
 
+    @property
+    def is_far(self) -> bool:
+        """Whether shards are slow to read here and there: remote ones, say."""
+        shards = self._reader.index.shards if len(self.shard_sizes) else ()
+        return self._in_blocks and bool(shards) or any(map(is_remote, shards))
+
+    def keep_blocks(self, records: int, runs: int) -> int:
+        """Reads far shards in whole blocks from now on, and keeps those read last.
+
+        Args:
+          records: neighbours that are asked for in any order.
+          runs: stretches of shards that these lie in.
+
+        Returns:
+          Bytes of the blocks that are kept at most.
+        """
+        index = self._reader.index
+        num_bytes = min(records / len(index), 1) * index.num_bytes
+        # Each stretch begins and ends within a block; so do the shards it runs over.
+        shards = len(self.shard_sizes)
+        cut = 2 * runs + min(records * shards // len(index), shards)
+        num_blocks = int(num_bytes // BLOCK) + 1 + cut
+        self._reader.shards.keep_blocks(num_blocks)
+        # Blocks that come too early would push out those in use.
+        self._fetched_ahead = min(_FETCH_AHEAD, records // 4)
+        return min(num_blocks * BLOCK, index.num_bytes)
+
+    def times_read(self, pieces: int) -> float:
+        """How many times all is fetched if so many read a piece each, in blocks."""
+        index = self._reader.index
+        # Where a piece ends inside of a block, the next one fetches that block again.
+        cut = min(BLOCK, index.num_bytes / len(self.shard_sizes))
+        return 1 + (pieces - 1) * cut / index.num_bytes
+
     def stream(self, requests: Iterable[Request]) -> Iterator[Rows]:
         """Reads the records of each request; a pure function of indices and seeds.
 
@@ -120,6 +161,8 @@ class FileSource:
         """
         pending = {}  # by number of the request in the stream
         failures = []
+        if self._fetched_ahead:
+            requests = self._fetch_ahead(requests)
 
         def take_requests():
             try:
@@ -146,6 +189,20 @@ class FileSource:
                 yield self._finish(pending.pop(int(number)))
         if failures:
             raise failures[0]
+
+    def _fetch_ahead(self, requests):
+        """Passes requests on, after their blocks were asked for: decoding goes on."""
+        waiting, num = collections.deque(), 0
+        for request in requests:
+            index = self._reader.index
+            spans = index.spans(np.asarray(request.indices, np.int64))
+            self._reader.shards.fetch_ahead(*(part.tolist() for part in spans))
+            waiting.append(request)
+            num += len(request.indices)
+            while num > self._fetched_ahead:
+                num -= len(waiting[0].indices)
+                yield waiting.popleft()
+        yield from waiting
 
     def _pipeline(self, take_requests, load):
         """Numbers of chunks, in order, once `load` has filled their rows."""
