@@ -127,6 +127,11 @@ def test_counts_must_be_whole_and_positive(field, value):
         ("model.image.drop_path", 2.0, "in [0, 1)"),
         ("model.image.init_std", -1.0, "above 0"),
         ("data.made_up_records", -1, "at least 0"),
+        ("data.lanes", 0, "a whole number that divides batch_size"),
+        ("data.lanes", 5, "a whole number that divides batch_size: got 5 and 16"),
+        ("data.lanes", 2.0, "a whole number that divides batch_size"),
+        ("data.window", -1, "a whole number in [0, 2^31)"),
+        ("data.window", True, "a whole number in [0, 2^31)"),
     ],
 )
 def test_a_number_out_of_range_is_refused_by_name_and_value(field, value, must):

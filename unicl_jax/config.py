@@ -68,6 +68,12 @@ def default() -> ConfigDict:
     # Slots a text takes: "full", the tower's context_length; "bucket", the batch's
     # longest; "pack", several texts share a row. The embeddings are the same.
     c.data.text_length = "full"
+    # A window of this many records is mixed at a time, so that shards are read mostly
+    # in sequence; 0: all of a source is, with reads here and there. See docs/data.md.
+    c.data.window = 0
+    # Equal parts of a batch that read shards of their own: a multiple of the number of
+    # processes.
+    c.data.lanes = 1
     # > 0: write this many made-up records a source, in its own format, and use those.
     c.data.made_up_records = 0
 
@@ -194,6 +200,7 @@ def problems(
         lambda config: _check_batch(config, num_devices),
         _check_optimizer,
         _check_numbers,
+        _check_lanes,
         _check_views,
         lambda config: check_mix(config, num_devices),
         lambda config: _check_concepts(config.data),
@@ -391,6 +398,19 @@ def _check_numbers(config):
         )
 
 
+def _check_lanes(config):
+    lanes, window = config.data.lanes, config.data.window
+    if not _is_size(lanes) or config.batch_size % lanes:
+        raise InputError(
+            "data.lanes must be a whole number that divides batch_size: got "
+            f"{lanes} and {config.batch_size}."
+        )
+    if type(window) is not int or not 0 <= window < 2**31:
+        raise InputError(
+            f"data.window must be a whole number in [0, 2^31): got {window}."
+        )
+
+
 def _is_size(x):
     return type(x) is int and x >= 1
 
@@ -467,7 +487,7 @@ def check_source(
 
 
 _OF_FILES = ("class_names", "preprocess", "max_skips_in_a_row")
-_OF_SHARDS = (*_OF_FILES, "fields", "label_offset", "index_cache")
+_OF_SHARDS = (*_OF_FILES, "fields", "label_offset", "index_cache", "in_blocks")
 # What a source or an evaluation may say, by format; see docs/design.md.
 SOURCE_FIELDS = {
     "all": ("format", "path", "kind", "weight", "templates"),
@@ -478,7 +498,7 @@ SOURCE_FIELDS = {
     "tfds": (*_OF_SHARDS, "split"),
     "folder": _OF_FILES,
     "csv": (*_OF_FILES, "fields", "root", "delimiter", "label_offset"),
-    "prepared": ("preprocess", "max_skips_in_a_row"),
+    "prepared": ("preprocess", "max_skips_in_a_row", "in_blocks"),
 }
 SECTIONS = ("model", "data", "augment", "strong_augment", "mix", "optimizer")
 

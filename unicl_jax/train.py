@@ -206,7 +206,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             progress.say(f"going on from step {first_step} of {config.total_steps}")
         for said in started_from:
             progress.say(said)
-        for said in concepts.describe():
+        for said in (*batches.said, *concepts.describe()):
             progress.say(said)
         if 0 < first_step < config.total_steps:
             # A stop or a kill comes between a checkpoint and its evaluation.

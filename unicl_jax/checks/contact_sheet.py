@@ -62,7 +62,7 @@ def read_tiles(setting: Setting, count: int) -> dict[str, list[Tile]]:
     config, sources = setting.config, setting.batches.sources
     smallest = min(setting.batches.sampler.shares)
     batches = data.make_train_iterator(
-        {**config.data, "text_length": "full"},
+        {**config.data, "text_length": "full", "lanes": 1, "window": 0},
         setting.image_size,
         max(count * len(sources), int(-(-1 // smallest))),
         config.seed,

@@ -17,6 +17,7 @@ from unicl_jax.data.iterator import TrainIterator
 from unicl_jax.data.prompts import load_templates
 from unicl_jax.data.quickstart import make_quickstart_source
 from unicl_jax.data.records import Source
+from unicl_jax.data.shards import BLOCK, set_gcs_reads
 from unicl_jax.data.sources import FORMATS as FILE_FORMATS
 from unicl_jax.data.sources import make_file_source
 from unicl_jax.data.synonyms import load_synonyms
@@ -89,8 +90,8 @@ def make_train_iterator(
     """Opens the sources that a config's `data` section names, and mixes them.
 
     Args:
-      config: `sources`, `mixture`, `templates`, `share_prompts`, `text_length`,
-        and `synonyms`, which may be missing.
+      config: `sources`, `mixture`, `templates`, `share_prompts`, `text_length`; and
+        `synonyms`, `lanes` and `window`, which may be missing.
       image_size: pixels, square.
       batch_size: global.
       seed: of order, prompts, captions and crops.
@@ -106,6 +107,8 @@ def make_train_iterator(
     Raises:
       InputError: if a source or the mixture does not fit.
     """
+    if config.get("window", 0):
+        set_gcs_reads(BLOCK)  # before TensorFlow is imported
     synonyms = load_synonyms(config.get("synonyms"))
     if sources is None:
         sources = [
@@ -129,6 +132,8 @@ def make_train_iterator(
         process_count=process_count,
         devices=local_devices,
         text_length=config["text_length"],
+        lanes=config.get("lanes", 1),
+        window=config.get("window", 0),
     )
 
 

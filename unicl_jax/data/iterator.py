@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from unicl_jax.data import reading
 from unicl_jax.data.captions import caption_lanes
 from unicl_jax.data.concepts import ConceptTable
+from unicl_jax.data.permutation import hash_bits
 from unicl_jax.data.prompts import fill
 from unicl_jax.data.records import NO_LABEL, Request, Source
-from unicl_jax.data.sampler import Plan, Sampler, SourceInfo, hash_bits
+from unicl_jax.data.sampler import Plan, Sampler, SourceInfo
 from unicl_jax.data.text_length import TEXT_LENGTHS
 
 Batch = dict[str, Any]
@@ -35,6 +37,9 @@ class TrainIterator:
     int32 is equal where those are (`captions.caption_lanes`); labelled rows have
     NO_LABEL there. With `text_length="pack"` the tokens are
     `encoders.Packed`, a group of them for each device.
+
+    Attributes:
+      said: lines for the start of the run, on how its shards are read.
     """
 
     def __init__(
@@ -53,6 +58,8 @@ class TrainIterator:
         process_count: int = 1,
         devices: int = 1,
         text_length: str = "full",
+        lanes: int = 1,
+        window: int = 0,
         prefetch: int = 2,
     ):
         """Plans the run; nothing is read until the first batch is asked for.
@@ -73,6 +80,8 @@ class TrainIterator:
           devices: of this process, over which token rows are divided; their number
             is rounded up to a multiple.
           text_length: a key of `text_length.TEXT_LENGTHS`.
+          lanes: equal runs of a batch's rows, each of which reads shards of its own.
+          window: records that a lane mixes; 0: all of a source's. See `windows`.
           prefetch: batches read ahead.
         """
         self.sources, self.concepts, self._prefetch = tuple(sources), concepts, prefetch
@@ -81,12 +90,17 @@ class TrainIterator:
         weights = weights or [1.0] * len(sources)
         self.sampler = Sampler(
             [
-                SourceInfo(s.name, s.kind, len(s), w)
+                SourceInfo(s.name, s.kind, len(s), w, s.shard_sizes)
                 for s, w in zip(sources, weights, strict=True)
             ],
             batch_size,
             mixture,
             seed,
+            lanes,
+            window,
+        )
+        self.said = reading.prepare(
+            self.sources, self.sampler, process_index, process_count
         )
         local = batch_size // process_count
         # Each source's stream and the batch itself ask for the same step's plan.
