@@ -422,6 +422,13 @@ def test_shards_of_one_process_are_no_fault(tmp_path, config):
     said = found(config, tmp_path, NOTE)
     assert "labels: 2 shards" in said["processes"]
     assert "7 classes of 7 in these records" in said["source labels"]
+    config.data.share_prompts = False
+    said = found(config, tmp_path, NOTE, processes=2)["processes"]
+    assert "labels: 2 shards: records are divided by rows" in said
+    config.data.window, config.data.lanes = 4, 2
+    said = found(config, tmp_path, NOTE, processes=2)["processes"]
+    assert "divided by rows" not in said and "2 shards in 2 lanes" in said
+    assert (tmp_path / "contact_sheet.png").is_file()
 
 
 def test_disk_and_memory_that_are_too_small(config, tmp_path, monkeypatch):

@@ -129,28 +129,29 @@ def look_at_processes(section: Section, setting: Setting) -> None:
     local = config.batch_size // count
     each = "it" if count == 1 else "each"
     section.good(f"{some(count, 'process')}: {each} reads {some(local, 'row')} a batch")
+    for said in setting.batches.said if setting.batches else ():
+        section.note(said)
     for name, source in setting.sources.items():
-        shards = len(getattr(getattr(source, "index", None), "shards", ()))
+        shards = getattr(getattr(source, "index", None), "shards", ())
         if not shards:
             continue
-        text = f"{name}: {some(shards, 'shard')}"
-        shards_of = source.index.shards
+        text = f"{name}: {some(len(shards), 'shard')}"
         cache = config.data.sources[name].get("index_cache")
-        if is_remote(shards_of[0]) and not cache:
+        if is_remote(shards[0]) and not cache:
             section.warn(
                 f"{text}, which every process reads through once to index them",
                 "set the source's `index_cache` to a folder: later starts need not",
             )
-        elif shards < count:
+        elif len(shards) < count:
             section.warn(
                 f"{text} for {count} processes, which all read the same files",
                 f"write {count} or more, as `python -m unicl_jax.prepare` does with "
                 f"--shards={count}: few files are slow to read from many machines",
             )
-        elif count > 1:
+        elif count > 1 and not config.data.window:
             section.note(
                 f"{text}: records are divided by rows, so that every process opens all "
-                "of them and holds the whole index"
+                "of them; data.window and data.lanes give each process its own"
             )
         else:
             section.note(text)
