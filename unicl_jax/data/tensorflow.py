@@ -18,6 +18,7 @@ def import_tensorflow():
     """
     # Its start-up notes are no news to who trains a model; a user's own level stays.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it says so where it is on
     # Its client of Google Cloud Storage fetches 64 MiB at once unless told otherwise as
     # it is imported; a record here or there is far less.
     os.environ.setdefault("GCS_READ_CACHE_BLOCK_SIZE_MB", "1")
