@@ -42,7 +42,7 @@ def get_config(variant: str = ""):
     config.model.logit_scale_init = 2.659  # log(1 / 0.07)
     config.model.logit_scale_max = 4.605  # log(100)
 
-    # "" leaves to the format what it finds; docs/design.md says what may stand there.
+    # "" leaves to the format what it finds; docs/data.md says what may stand there.
     sources = dict(
         labels=dict(
             format="folder",

@@ -53,7 +53,7 @@ def default() -> ConfigDict:
     c.model.dtype = "float32"  # or "bfloat16": of the towers' arithmetic
 
     c.data = ConfigDict()
-    c.data.sources = ConfigDict()  # by name; see docs/design.md
+    c.data.sources = ConfigDict()  # by name; see docs/data.md
     c.data.mixture = "balanced"  # or "proportional", "weights": sampler.MIXTURES
     c.data.templates = "unicl_81"  # prompts for class names in training
     # One prompt a class and step, and each distinct text of a batch encoded once;
@@ -488,7 +488,7 @@ def check_source(
 
 _OF_FILES = ("class_names", "preprocess", "max_skips_in_a_row")
 _OF_SHARDS = (*_OF_FILES, "fields", "label_offset", "index_cache", "in_blocks")
-# What a source or an evaluation may say, by format; see docs/design.md.
+# What a source or an evaluation may say, by format; see docs/data.md.
 SOURCE_FIELDS = {
     "all": ("format", "path", "kind", "weight", "templates"),
     "quickstart": (),
