@@ -204,7 +204,7 @@ def test_made_up_shards_read_back_as_what_they_show(form, kind, tmp_path):
     (rows,) = read(source, range(len(source)))
     assert len(source) == 48 and not source.skipped
     seen = set()
-    for image, texts, label in zip(*rows, strict=True):
+    for image, texts, label in zip(*rows[:3], strict=True):
         name = source.class_names[label] if kind == "image_label" else texts[0][2:]
         # The most colourful pixel is the shape's; the ground is dark grey.
         flat = image.reshape(-1, 3).astype(int)

@@ -299,6 +299,39 @@ def test_two_processes_train_as_one_with_the_same_devices(folder):
                 assert a[key] == pytest.approx(b[key], rel=rel), key
 
 
+@pytest.mark.parametrize(
+    ("several", "code", "at_once"),
+    [(False, 2, False), (True, 0, False), (True, 1, True), (True, 2, True)]
+    + [(True, 128 + signal.SIGTERM, False)],  # all stop at one step, after saving
+)
+def test_one_that_fails_among_several_processes_does_not_wait_for_them(
+    several, code, at_once, monkeypatch
+):
+    left = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: several)
+    monkeypatch.setattr(os, "_exit", left.append)
+    with pytest.raises(SystemExit) as ended:
+        main.leave(code)
+    assert ended.value.code == code and left == [code] * at_once
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_unforeseen_error_among_several_processes_is_a_code(
+    several, monkeypatch, capsys
+):
+    def fail(argv):
+        raise OSError("no such disk")
+
+    monkeypatch.setattr(main, "_parse", fail)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: several)
+    if several:
+        assert main.main([]) == main.FAILED
+        assert "OSError: no such disk" in capsys.readouterr().err
+    else:
+        with pytest.raises(OSError, match="no such disk"):
+            main.main([])
+
+
 # --- Mistyped, in this process: nothing of it gets as far as a device.
 
 

@@ -23,6 +23,9 @@ FREE = (
     "evaluations",
 )
 CAPTION_IDENTITIES = ("row", "text")
+MAX_PIXELS = 178_956_970  # of an image: Pillow's limit, 2^29 / 3
+# And these, in any section: they say when a run stops, not what it learns.
+FREE_FIELDS = ("max_skipped", "max_skips_in_a_row")
 
 
 def default() -> ConfigDict:
@@ -74,6 +77,9 @@ def default() -> ConfigDict:
     # Equal parts of a batch that read shards of their own: a multiple of the number of
     # processes.
     c.data.lanes = 1
+    # Largest share of a source's records that may be unreadable before the run stops
+    # with a list of them; a source's own `max_skipped` goes before it.
+    c.data.max_skipped = 0.1
     # > 0: write this many made-up records a source, in its own format, and use those.
     c.data.made_up_records = 0
 
@@ -201,6 +207,7 @@ def problems(
         _check_optimizer,
         _check_numbers,
         _check_lanes,
+        _check_skips,
         _check_views,
         lambda config: check_mix(config, num_devices),
         lambda config: _check_concepts(config.data),
@@ -411,6 +418,33 @@ def _check_lanes(config):
         )
 
 
+def _check_skips(config):
+    """What may be skipped, over all and by source."""
+    groups = {"data.": {"": config.data}, "data.sources.": config.data.sources}
+    groups["evaluations."] = config.evaluations
+    for prefix, group in groups.items():
+        for name, fields in group.items():
+            path = f"{prefix}{name}." if name else prefix
+            share = fields.get("max_skipped", 0)
+            is_number = isinstance(share, int | float) and share is not True
+            if not is_number or not 0 <= share <= 1:
+                yield InputError(
+                    f"{path}max_skipped must be in [0, 1], a share of the records: got "
+                    f"{share}; 1 never stops the run."
+                )
+            for field in ("max_skips_in_a_row", "max_pixels") if name else ():
+                most = MAX_PIXELS if field == "max_pixels" else math.inf
+                value = fields.get(field, 1)
+                if not _is_size(value) or value > most:
+                    what = (
+                        f", at most {most}, Pillow's limit" if most < math.inf else ""
+                    )
+                    yield InputError(
+                        f"{path}{field} must be a whole number of at least 1{what}: "
+                        f"got {value}; leave it out for its default."
+                    )
+
+
 def _is_size(x):
     return type(x) is int and x >= 1
 
@@ -486,7 +520,10 @@ def check_source(
             )
 
 
-_OF_FILES = ("class_names", "preprocess", "max_skips_in_a_row")
+_OF_FILES = (
+    *("class_names", "preprocess"),
+    *("max_skips_in_a_row", "max_skipped", "max_pixels"),
+)
 _OF_SHARDS = (*_OF_FILES, "fields", "label_offset", "index_cache", "in_blocks")
 # What a source or an evaluation may say, by format; see docs/data.md.
 SOURCE_FIELDS = {

@@ -143,6 +143,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     if checkpoints.latest_step() is not None:
         state, data_state = checkpoints.restore(state)
         batches.restore(data_state)
+    batches.keep_skipped(workdir)
     started_from = []
     while starts:  # whose weights the host need not hold any longer
         state, said = init_from.apply(starts.pop(0), state)
@@ -176,7 +177,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         if step % config.log_every_steps == 0 or step == config.total_steps:
             scalars = {k: float(v) for k, v in scalars.items()}
             scalars |= timer.lap(step, config.batch_size)
-            scalars |= {f"skipped/{k}": v for k, v in batches.skipped().items()}
+            scalars |= {f"skipped/{k}": v for k, v in batches.skipped(step).items()}
             scalars |= batches.figures(step)
             metrics.write(step, scalars)
             if "step_seconds" in scalars:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from unicl_jax.config import FREE, default, flatten, to_json
+from unicl_jax.config import FREE, FREE_FIELDS, default, flatten, to_json
 from unicl_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -140,7 +140,9 @@ def _check_same_run(workdir, saved, config):
         f"  {key}: the run has {old.get(key, 'no such field')}, now "
         f"{new.get(key, 'no such field')}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key, saved) != new.get(key, saved) and key.split(".")[0] not in FREE
+        if old.get(key, saved) != new.get(key, saved)
+        and key.split(".")[0] not in FREE
+        and key.split(".")[-1] not in FREE_FIELDS
     ]
     if differ:
         raise InputError(

@@ -91,7 +91,8 @@ def make_train_iterator(
 
     Args:
       config: `sources`, `mixture`, `templates`, `share_prompts`, `text_length`; and
-        `synonyms`, `lanes` and `window`, which may be missing.
+        `synonyms`, `lanes`, `window` and `max_skipped` (default 1; a source's own goes
+        before it), which may be missing.
       image_size: pixels, square.
       batch_size: global.
       seed: of order, prompts, captions and crops.
@@ -134,6 +135,10 @@ def make_train_iterator(
         text_length=config["text_length"],
         lanes=config.get("lanes", 1),
         window=config.get("window", 0),
+        max_skipped=[
+            s.get("max_skipped", config.get("max_skipped", 1.0))
+            for s in config["sources"].values()
+        ],
     )
 
 

@@ -5,11 +5,12 @@ members of a record side by side under one key. Both become an `Index`, compact 
 with n entries over all shards, so that any record is one positioned read away.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
+import json
 import os
 import struct
 import tarfile
@@ -19,10 +20,12 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
+from unicl_jax.data.damage import Damage
 from unicl_jax.data.shards import gfile, is_remote, open_shard, written_whole
 from unicl_jax.errors import InputError
 
-CUT_OFF = "rest of a damaged shard"
+CUT_OFF, EMPTY = "rest of a damaged shard", "empty shard"
+_KEPT_FORM = 2  # of kept indices: those of another are made anew
 _NUM_THREADS = 16
 _MAX_RECORD_SIZE = 2**31 - 1  # protobuf's limit; a larger length is damage
 
@@ -39,8 +42,10 @@ class Index:
       size: [n] int32, bytes.
       text_offset: [n] int64, the same of a tar's text or label member; [0] elsewhere.
       text_size: [n] int32; [0] elsewhere.
-      damaged: reason -> count of what could not be indexed.
+      damaged: what could not be indexed.
     """
+
+    PLACE = "shard"  # what a record's place is called
 
     shards: tuple[str, ...]
     shard: np.ndarray
@@ -48,7 +53,7 @@ class Index:
     size: np.ndarray
     text_offset: np.ndarray
     text_size: np.ndarray
-    damaged: collections.Counter
+    damaged: Damage
 
     def __len__(self) -> int:
         """Returns the number of records."""
@@ -77,6 +82,14 @@ class Index:
             start = np.minimum(start, text)
             stop = np.maximum(stop, text + self.text_size[indices])
         return self.shard[indices], start, stop
+
+    def in_next_shard(self, index: int) -> int:
+        """Returns the record at the same place in the next shard, round about."""
+        shard = self.shard[index]
+        first, end = np.searchsorted(self.shard, [shard, shard + 1])
+        start = int(end) % len(self)
+        stop = np.searchsorted(self.shard, self.shard[start], "right")
+        return start + (index - int(first)) % (int(stop) - start)
 
 
 def _crc32c_table() -> list[int]:
@@ -114,7 +127,7 @@ class _Spans(NamedTuple):
     """What one shard holds: a row (offset, size[, text offset, text size]) a record."""
 
     rows: list[tuple[int, ...]]
-    damaged: collections.Counter
+    damaged: Damage
     extensions: set[str]
 
 
@@ -180,7 +193,7 @@ def index_tars(
 def _index(source, shards, arguments, scan, cache) -> Index:
     """Scans every shard, or loads what an earlier run has scanned."""
     sizes = [_size(source, path) for path in shards]
-    key = repr((list(shards), sizes, list(arguments)))
+    key = repr((_KEPT_FORM, list(shards), sizes, list(arguments)))
     kept = f"{cache}/{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     if cache and (gfile().exists(kept) if is_remote(kept) else os.path.exists(kept)):
         with open_shard(kept) as file:
@@ -209,7 +222,7 @@ def _index(source, shards, arguments, scan, cache) -> Index:
         size=rows[:, 1].astype(np.int32),
         text_offset=text[:, 0].copy(),
         text_size=text[:, 1].astype(np.int32),
-        damaged=sum((part.damaged for part in parts), collections.Counter()),
+        damaged=functools.reduce(Damage.join, (p.damaged for p in parts), Damage()),
     )
     if cache:
         gfile().makedirs(os.path.dirname(kept))
@@ -225,9 +238,8 @@ def index_to_bytes(index: Index) -> bytes:
     """An index as the bytes of an .npz file, without the shards' paths."""
     buffer = io.BytesIO()
     arrays = {name: getattr(index, name) for name in _ARRAYS}
-    reasons = np.array(list(index.damaged), np.str_)
-    counts = np.array(list(index.damaged.values()), np.int64)
-    np.savez(buffer, reasons=reasons, counts=counts, **arrays)
+    damaged = np.array(json.dumps(index.damaged.to_lists()))
+    np.savez(buffer, damaged=damaged, **arrays)
     return buffer.getvalue()
 
 
@@ -242,11 +254,11 @@ def index_from_bytes(data: bytes, shards: tuple[str, ...]) -> Index:
       The index.
     """
     arrays = dict(np.load(io.BytesIO(data)))
-    damaged = zip(arrays.pop("reasons"), arrays.pop("counts"), strict=True)
-    counter = collections.Counter(
-        {str(reason): int(count) for reason, count in damaged}
-    )
-    return Index(shards=shards, damaged=counter, **arrays)
+    damaged = Damage()
+    if "damaged" in arrays:  # prepared folders of an earlier version have none
+        damaged = Damage.from_lists(json.loads(str(arrays["damaged"])))
+    arrays = {name: arrays[name] for name in _ARRAYS}
+    return Index(shards=shards, damaged=damaged, **arrays)
 
 
 def _size(source: str, path: str) -> int:
@@ -279,7 +291,7 @@ def _report_damage(source: str, path: str, offset: int, kept: int) -> None:
 
 def _scan_tfrecord(source: str, path: str) -> _Spans:
     """Walks [length 8][its checksum 4][payload][checksum 4] to the end."""
-    rows, damaged, offset, end = [], collections.Counter(), 0, _size(source, path)
+    rows, damaged, offset, end = [], Damage(), 0, _size(source, path)
     with open_shard(path) as file:
         while offset < end:
             file.seek(offset)
@@ -292,7 +304,7 @@ def _scan_tfrecord(source: str, path: str) -> _Spans:
                 raise _not_a("TFRecord", source, path, header)
             if not valid or length > _MAX_RECORD_SIZE or offset + length + 16 > end:
                 _report_damage(source, path, offset, len(rows))
-                damaged[CUT_OFF] += 1
+                damaged.add(CUT_OFF, path, f"byte {offset}", is_record=False)
                 break
             rows.append((offset + 12, length))
             offset += length + 16
@@ -301,8 +313,10 @@ def _scan_tfrecord(source: str, path: str) -> _Spans:
 
 def _scan_tar(source: str, path: str, images: tuple[str, ...], text: str) -> _Spans:
     """Groups the members by key: the path up to the first dot of the file's name."""
-    rows, damaged, extensions = [], collections.Counter(), set()
+    rows, damaged, extensions = [], Damage(), set()
     end = _size(source, path)
+    if not end:
+        damaged.add(EMPTY, path, is_record=False)
     key, members, position, is_whole = None, {}, 0, False
 
     def close(is_cut=False):
@@ -310,7 +324,8 @@ def _scan_tar(source: str, path: str, images: tuple[str, ...], text: str) -> _Sp
         if image and text in members:
             rows.append(image + members[text])
         elif members and not is_cut:
-            damaged[f"no .{text if image else images[0]} member"] += 1
+            lacks = text if image else images[0]
+            damaged.add(f"no .{lacks} member", path, "/".join(key).lstrip("/"))
 
     with open_shard(path) as file:
         try:
@@ -340,5 +355,5 @@ def _scan_tar(source: str, path: str, images: tuple[str, ...], text: str) -> _Sp
     close(is_cut=not is_whole)
     if end and not is_whole:
         _report_damage(source, path, position, len(rows))
-        damaged[CUT_OFF] += 1
+        damaged.add(CUT_OFF, path, f"byte {position}", is_record=False)
     return _Spans(rows, damaged, extensions)

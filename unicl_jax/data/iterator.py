@@ -1,5 +1,6 @@
 """The training batches: plan, read, prompt, tokenise, prefetch."""
 
+import collections
 import functools
 import queue
 import threading
@@ -16,11 +17,13 @@ from unicl_jax.data.permutation import hash_bits
 from unicl_jax.data.prompts import fill
 from unicl_jax.data.records import NO_LABEL, Request, Source
 from unicl_jax.data.sampler import Plan, Sampler, SourceInfo
+from unicl_jax.data.skipped import SkippedRecords
 from unicl_jax.data.text_length import TEXT_LENGTHS
 
 Batch = dict[str, Any]
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 CACHED_TEXTS = 1 << 16  # 20 MB of tokens at 77 slots
+_CACHED_CHARS = 1000
 KEPT = 64  # batches whose figures can be asked for, those read ahead among them
 
 
@@ -61,6 +64,7 @@ class TrainIterator:
         lanes: int = 1,
         window: int = 0,
         prefetch: int = 2,
+        max_skipped: Sequence[float] | None = None,
     ):
         """Plans the run; nothing is read until the first batch is asked for.
 
@@ -83,6 +87,8 @@ class TrainIterator:
           lanes: equal runs of a batch's rows, each of which reads shards of its own.
           window: records that a lane mixes; 0: all of a source's. See `windows`.
           prefetch: batches read ahead.
+          max_skipped: of each source, the largest share of its records that may be
+            skipped; default 1.
         """
         self.sources, self.concepts, self._prefetch = tuple(sources), concepts, prefetch
         self._templates, self._tokenize = tuple(templates), tokenize
@@ -103,6 +109,7 @@ class TrainIterator:
             self.sources, self.sampler, process_index, process_count
         )
         local = batch_size // process_count
+        self._process_index = process_index
         # Each source's stream and the batch itself ask for the same step's plan.
         self._plan = functools.lru_cache(8)(self.sampler.plan)
         self._rows = slice(process_index * local, (process_index + 1) * local)
@@ -110,7 +117,10 @@ class TrainIterator:
         self.text_slots = -(-slots // devices) * devices
         self._devices, self._text_length = devices, TEXT_LENGTHS[text_length]
         self._token_cache: dict[str, tuple[np.ndarray, bool]] = {}
-        self._figures: dict[int, dict[str, float]] = {}  # of the last batches, by step
+        # Of the last batches, by step.
+        self._figures: dict[int, dict[str, float]] = {}
+        self._skipped: dict[int, dict[str, float]] = {}
+        self._records = SkippedRecords(sources, max_skipped or [1.0] * len(sources))
         self._step, self._queue, self._stop = 0, None, threading.Event()
         self._worker = None
 
@@ -131,13 +141,26 @@ class TrainIterator:
         self.close()
         self._step = int(state["step"])
 
-    def skipped(self) -> dict[str, int]:
-        """Unreadable records replaced so far, by "source/reason"."""
-        return {
-            f"{source.name}/{reason}": count
-            for source in self.sources
-            for reason, count in source.skipped.items()
-        }
+    def keep_skipped(self, workdir) -> None:
+        """Lists skipped records in a run's directory, going on from this position.
+
+        Args:
+          workdir: of the run; see `skipped`.
+        """
+        self.close()
+        self._records.keep(workdir, self._step, self._process_index)
+
+    def skipped(self, step: int | None = None) -> dict[str, float]:
+        """What this process skipped in the run up to a step; see `skipped`.
+
+        Args:
+          step: of the training, one of the last few that were read; None: all read.
+
+        Returns:
+          By "source/reason" how many records, those that indexing left out among them;
+          by "source" the share of its rows that hold another record since this start.
+        """
+        return self._records.scalars() if step is None else self._skipped[step]
 
     def figures(self, step: int) -> dict[str, float]:
         """What a step's batch was made of.
@@ -190,6 +213,7 @@ class TrainIterator:
         if self._worker is not None:
             self._end()
             self._worker = None
+        self._records.close()
 
     def _work(self, step, out, stop):
         try:
@@ -215,7 +239,12 @@ class TrainIterator:
         step = first
         while True:
             plan = self._local(step)
-            yield self._assemble(step, plan, [next(stream) for stream in streams])
+            parts = [next(stream) for stream in streams]
+            for s, rows in enumerate(parts):
+                self._records.add(s, step + 1, rows)
+            self._skipped[step + 1] = self._records.scalars()
+            self._skipped.pop(step + 1 - KEPT, None)
+            yield self._assemble(step, plan, parts)
             step += 1
 
     def _local(self, step) -> Plan:
@@ -275,7 +304,10 @@ class TrainIterator:
         if new:
             rows = self._tokenize(new)
             known = zip(rows, self._tokenize.cut(new, rows), strict=True)
-            cache.update(zip(new, known, strict=True))
+            found = dict(zip(new, known, strict=True))
+            # Long ones are rare, and 100 kB each would be no 20 MB of tokens.
+            cache.update({t: v for t, v in found.items() if len(t) <= _CACHED_CHARS})
+            cache = collections.ChainMap(cache, found)
         rows, is_cut = zip(*(cache[text] for text in texts), strict=True)
         return np.stack(rows), np.array(is_cut)
 

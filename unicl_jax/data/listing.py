@@ -3,7 +3,6 @@
 Both become a `FileIndex`, compact arrays with n entries, as `indexing` makes of shards.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
 import os
@@ -12,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from absl import logging
 
+from unicl_jax.data.damage import Damage
 from unicl_jax.data.shards import gfile, is_remote
 from unicl_jax.errors import InputError
 
@@ -57,13 +57,15 @@ class FileIndex:
       paths: n of them, as os.fsencode gives them.
       labels: [n] int64; [0] where there are captions.
       texts: n captions, several of a record joined by decode.SEPARATOR; or none.
-      damaged: reason -> count of what was left out.
+      damaged: what was left out.
     """
+
+    PLACE = "path"  # what a record's place is called
 
     paths: Strings
     labels: np.ndarray
     texts: Strings
-    damaged: collections.Counter
+    damaged: Damage
 
     def __len__(self) -> int:
         """Returns the number of records."""
@@ -77,7 +79,7 @@ class FileIndex:
 
 def list_class_folders(
     source: str, root: str
-) -> tuple[list[str], list[list[bytes]], collections.Counter]:
+) -> tuple[list[str], list[list[bytes]], Damage]:
     """Lists the images of a folder that holds one folder a class.
 
     What is nested in a class's folder is the class's. Hidden entries, and files that
@@ -88,8 +90,8 @@ def list_class_folders(
       root: local or remote.
 
     Returns:
-      The class folders' names, sorted; the sorted paths of each one's images; reason ->
-      count of what was left out.
+      The class folders' names, sorted; the sorted paths of each one's images; what was
+      left out.
 
     Raises:
       InputError: if `root` is no such folder, or there is no image.
@@ -100,7 +102,7 @@ def list_class_folders(
             f"got {root!r}; set the source's `path`."
         )
     root = os.path.expanduser(root)
-    skipped = collections.Counter()
+    skipped = Damage()
     try:
         files, folders = _list(root, skipped)
     except Exception as error:  # gfile has error types of its own
@@ -108,7 +110,8 @@ def list_class_folders(
             f'source "{source}": path must be a folder that holds one folder a class: '
             f'"{root}" cannot be listed ({error}); set the source\'s `path`.'
         ) from error
-    skipped[NO_CLASS_FOLDER] += len(files)
+    for name in files:
+        skipped.add(NO_CLASS_FOLDER, root, name, is_record=False)
     if folders and {name.lower() for name in folders} <= _SPLITS:
         raise InputError(
             f'source "{source}": path must be a folder that holds one folder a class: '
@@ -119,7 +122,8 @@ def list_class_folders(
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
         parts = [*pool.map(lambda name: _walk(os.path.join(root, name)), folders)]
     images = [found for found, _ in parts]
-    skipped = sum((count for _, count in parts), +skipped)
+    for _, found in parts:
+        skipped.join(found)
     if not any(images):
         raise InputError(
             f'source "{source}": path must be a folder that holds one folder a class '
@@ -138,35 +142,35 @@ def list_class_folders(
     return folders, images, skipped
 
 
-def _walk(top: str) -> tuple[list[bytes], collections.Counter]:
+def _walk(top: str) -> tuple[list[bytes], Damage]:
     """The sorted images below a folder, and what was left out."""
-    images, skipped, todo = [], collections.Counter(), [top]
+    images, skipped, todo = [], Damage(), [top]
     while todo:
         folder = todo.pop()
         try:
             files, folders = _list(folder, skipped)
         except Exception:  # gfile has error types of its own
-            skipped[_UNREADABLE] += 1
+            skipped.add(_UNREADABLE, folder, is_record=False)
             continue
         images += [os.fsencode(os.path.join(folder, name)) for name in files]
         todo += [os.path.join(folder, name) for name in folders]
     return sorted(images), skipped
 
 
-def _list(folder: str, skipped: collections.Counter) -> tuple[list[str], list[str]]:
+def _list(folder: str, skipped: Damage) -> tuple[list[str], list[str]]:
     """The names of image files, and the sorted ones of folders, in a folder."""
     files, folders = [], []
     for name, kind in _remote(folder) if is_remote(folder) else _local(folder):
         if name.startswith("."):
-            skipped[HIDDEN] += 1
+            skipped.add(HIDDEN, folder, name, is_record=False)
         elif kind == "folder":
             folders.append(name)
         elif kind != "file":
-            skipped[kind] += 1
+            skipped.add(kind, folder, name, is_record=False)
         elif name.lower().endswith(IMAGE_SUFFIXES):
             files.append(name)
         else:
-            skipped[NO_IMAGE] += 1
+            skipped.add(NO_IMAGE, folder, name, is_record=False)
     return files, sorted(folders)
 
 
@@ -204,6 +208,6 @@ def _some(names: Iterable[str]) -> str:
     return (", ".join(names[:_NAMED]) or "no folder") + more
 
 
-def _counts(skipped: collections.Counter) -> str:
+def _counts(skipped: Damage) -> str:
     counts = ", ".join(f"{n} x {reason}" for reason, n in skipped.most_common())
     return f" ({counts})" if counts else ""

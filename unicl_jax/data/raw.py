@@ -156,6 +156,7 @@ def make_filter(check: bool, max_side: int | None) -> Callable[[bytes], bytes]:
         return lambda image: image
     try:  # needs what the extra "data" installs
         from unicl_jax.data.decode import decode, jpeg_size
+        from unicl_jax.data.header import CANNOT_DECODE, refusal
     except ImportError as error:
         raise InputError(
             f"reading image files needs OpenCV and simplejpeg: {error}; run "
@@ -164,6 +165,8 @@ def make_filter(check: bool, max_side: int | None) -> Callable[[bytes], bytes]:
 
     # As training decodes, so that what passes here does not fail there.
     def checked(image: bytes) -> bytes:
+        if reason := refusal(image):
+            raise Unreadable(reason)
         try:
             size = jpeg_size(image) if max_side else None
             if size and min(size) > max_side:  # its small scale is enough
@@ -171,7 +174,7 @@ def make_filter(check: bool, max_side: int | None) -> Callable[[bytes], bytes]:
                 return _encoded(decode(image, shape), shape)
             pixels = decode(image)
         except ValueError as error:
-            raise Unreadable("image cannot be decoded") from error
+            raise Unreadable(CANNOT_DECODE) from error
         if max_side is None or min(pixels.shape[:2]) <= max_side:
             return image
         return _encoded(pixels, _smaller(pixels.shape[:2], max_side))

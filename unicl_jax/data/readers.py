@@ -10,27 +10,35 @@ import os
 from collections.abc import Mapping
 
 from unicl_jax.data.indexing import Index
+from unicl_jax.data.labels import OUT_OF_RANGE
 from unicl_jax.data.listing import FileIndex
 from unicl_jax.data.records import NO_LABEL, SEPARATOR
 from unicl_jax.data.shards import ShardReader, open_shard
 from unicl_jax.data.tensorflow import import_tensorflow
 from unicl_jax.errors import InputError
 
-_NUM_PROBED = 8  # records looked at before a missing field is called a wrong setting
+NUM_PROBED = 8  # records looked at before a fault is called a wrong setting
+NO_UTF8 = "caption is no UTF-8"
 _EXAMPLE_KINDS = {"image": "bytes_list", "text": "bytes_list", "label": "int64_list"}
 
 
 class Unreadable(Exception):
     """A record that cannot be used; `reason` is its entry in `skipped`."""
 
-    def __init__(self, reason: str):
-        """Keeps the reason.
+    def __init__(self, reason: str, found: object = ""):
+        """Keeps both.
 
         Args:
           reason: in a few words, the same for all records with that fault.
+          found: what is wrong in this one.
         """
         super().__init__(reason)
         self.reason = reason
+        self.found = found
+
+
+class LostShard(Unreadable):
+    """A record whose shard is gone or cut off, and its neighbours with it."""
 
 
 def check_target(
@@ -52,12 +60,12 @@ def check_target(
     """
     if kind == "image_label":
         if not 0 <= label < num_classes:
-            raise Unreadable("label out of range")
+            raise Unreadable(OUT_OF_RANGE, label)
         return (), label
     try:
         captions = [part.decode().strip() for part in text.split(SEPARATOR)]
     except UnicodeDecodeError as error:
-        raise Unreadable("caption is no UTF-8") from error
+        raise Unreadable(NO_UTF8) from error
     captions = tuple(caption for caption in captions if caption)
     if not captions:
         raise Unreadable("empty caption")
@@ -66,6 +74,8 @@ def check_target(
 
 class TFRecordReader:
     """Reads tf.Example records; TFDS writes the same."""
+
+    settings = "`fields`"  # what to mend where no record can be read
 
     def __init__(self, index: Index, fields: Mapping, label_offset: int):
         """Holds what to read.
@@ -117,25 +127,33 @@ class TFRecordReader:
         Raises:
           InputError: names the field and those that the records hold.
         """
+        found = self._fields_found()
+        for role, names in self.fields.items():
+            fits = [n for n in names.split(";") if found.get(n) == _EXAMPLE_KINDS[role]]
+            if not fits:
+                wanted = '" or "'.join(names.split(";"))
+                raise InputError(
+                    f'source "{source}": fields.{role} must name a '
+                    f'{_EXAMPLE_KINDS[role]} field: "{wanted}" is none in the first '
+                    f"{NUM_PROBED} records, which hold "
+                    f"{_menu(found) or 'no tf.Example'}; set the source's "
+                    f"`fields.{role}`."
+                )
+            self.fields[role] = fits[0]
+
+    def has(self) -> str:
+        """Returns what the first records hold, for an error."""
+        return f"; they hold {_menu(self._fields_found())}"
+
+    def _fields_found(self) -> dict[str, str]:
         found = {}
-        for index in range(min(_NUM_PROBED, len(self.index))):
+        for index in range(min(NUM_PROBED, len(self.index))):
             try:
                 features = self._features(index) or {}
             except Unreadable:
                 continue
             found.update({key: f.WhichOneof("kind") for key, f in features.items()})
-        for role, names in self.fields.items():
-            fits = [n for n in names.split(";") if found.get(n) == _EXAMPLE_KINDS[role]]
-            if not fits:
-                menu = ", ".join(f"{k} ({v})" for k, v in sorted(found.items()))
-                wanted = '" or "'.join(names.split(";"))
-                raise InputError(
-                    f'source "{source}": fields.{role} must name a '
-                    f'{_EXAMPLE_KINDS[role]} field: "{wanted}" is none in the first '
-                    f"{_NUM_PROBED} records, which hold {menu or 'no tf.Example'}; set "
-                    f"the source's `fields.{role}`."
-                )
-            self.fields[role] = fits[0]
+        return found
 
     def _features(self, index: int) -> Mapping | None:
         """The features of a record by name, None if it is no tf.Example."""
@@ -152,7 +170,7 @@ class TFRecordReader:
 class _PartsReader:
     """What readers share whose records have no names of their fields."""
 
-    settings = "`fields`"  # what to mend where no record can be read
+    settings = "`fields`"
 
     def key(self, index: int) -> str:
         """Returns where a record lies."""
@@ -169,7 +187,7 @@ class _PartsReader:
         """
         num = len(self.index)
         reasons = {}  # and a record of each
-        for index in sorted({i * num // _NUM_PROBED for i in range(_NUM_PROBED)}):
+        for index in sorted({i * num // NUM_PROBED for i in range(NUM_PROBED)}):
             try:
                 self.read(index)
                 return
@@ -178,9 +196,13 @@ class _PartsReader:
         found = ", ".join(f"{reason} ({at})" for reason, at in sorted(reasons.items()))
         raise InputError(
             f'source "{source}": records must hold an image and a text or label: of '
-            f"{min(_NUM_PROBED, num)} records none does: {found}; set the source's "
+            f"{min(NUM_PROBED, num)} records none does: {found}; set the source's "
             f"{self.settings}."
         )
+
+    def has(self) -> str:
+        """Returns "": the places say it."""
+        return ""
 
 
 class WebDatasetReader(_PartsReader):
@@ -212,7 +234,7 @@ class WebDatasetReader(_PartsReader):
         if self._key:
             try:
                 value = json.loads(text)[self._key]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise Unreadable(f'no "{self._key}" in the JSON') from error
         if self._is_label:
             try:
@@ -222,13 +244,16 @@ class WebDatasetReader(_PartsReader):
                     if isinstance(value, bytes | str)
                     else operator.index(value)
                 )
-                return image, b"", label - self._label_offset
             except (ValueError, TypeError) as error:
                 raise Unreadable("label is no integer") from error
+            return image, b"", label - self._label_offset
         if isinstance(value, bytes):
             return image, value, 0
         captions = value if isinstance(value, list) else [value]
-        return image, SEPARATOR.join(str(c or "").encode() for c in captions), 0
+        try:
+            return image, SEPARATOR.join(str(c or "").encode() for c in captions), 0
+        except UnicodeEncodeError as error:  # JSON can say half a character: "\ud83d"
+            raise Unreadable(NO_UTF8) from error
 
     def where(self, index: int) -> str:
         """Returns the tar of a record."""
@@ -273,8 +298,12 @@ class FileReader(_PartsReader):
         return os.fsdecode(self.index.paths[index])
 
 
+def _menu(found: Mapping[str, str]) -> str:
+    return ", ".join(f"{field} ({kind})" for field, kind in sorted(found.items()))
+
+
 def _read(shards: ShardReader, *span: int) -> bytes:
     try:
         return shards.read(*span)
     except Exception as error:  # gfile has error types of its own
-        raise Unreadable("shard cannot be read") from error
+        raise LostShard("shard cannot be read") from error

@@ -32,6 +32,20 @@ class Request(NamedTuple):
     seeds: np.ndarray
 
 
+class Skip(NamedTuple):
+    """An unreadable record that was met on the way to a row.
+
+    Attributes:
+      row: the row that it, or one after it, was to fill.
+      index: of the record.
+      reason: in a few words, the same for all records with that fault.
+    """
+
+    row: int
+    index: int
+    reason: str
+
+
 class Rows(NamedTuple):
     """The records of one request, in its order.
 
@@ -39,11 +53,13 @@ class Rows(NamedTuple):
       images: [n, H, W, 3] uint8.
       texts: n entries; the tuple of captions (image-text) or () (image-label).
       labels: [n] int32, class index *within the source*, NO_LABEL for image-text.
+      skipped: unreadable records in whose place rows hold another.
     """
 
     images: np.ndarray
     texts: list
     labels: np.ndarray
+    skipped: tuple[Skip, ...] = ()
 
 
 class Source(Protocol):
@@ -53,7 +69,8 @@ class Source(Protocol):
       name: the source's name in the config.
       kind: one of KINDS.
       class_names: names by class index; () for image-text.
-      skipped: reason -> how many unreadable records were replaced so far.
+      skipped: reason -> how many records indexing left out, and then how often an
+        unreadable one was met.
       shard_sizes: how many records each shard has, which lie side by side, in the order
         of the indices; () for a source without shards.
       is_far: whether shards are read in blocks, with a window: see `FileSource`.

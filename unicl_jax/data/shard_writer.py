@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unicl_jax.data.damage import Damage
 from unicl_jax.data.indexing import Index, index_to_bytes
 from unicl_jax.data.prepared import hash_file
 from unicl_jax.data.raw import Raw
@@ -177,7 +178,7 @@ def make_index(facts: Iterable[dict[str, Any]]) -> bytes:
             size=np.concatenate(sizes).astype(np.int32),
             text_offset=np.zeros(0, np.int64),
             text_size=np.zeros(0, np.int32),
-            damaged=collections.Counter(),
+            damaged=Damage(),
         )
     )
 

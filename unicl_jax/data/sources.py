@@ -1,12 +1,19 @@
 """Sources read from files, from their settings: shards, class folders and tables."""
 
+import os
 from collections.abc import Mapping
 
 import numpy as np
 from absl import logging
 
+from unicl_jax.config import MAX_PIXELS
 from unicl_jax.data.indexing import index_tars, index_tfrecords
-from unicl_jax.data.labels import load_class_names, number_cells, number_folders
+from unicl_jax.data.labels import (
+    NO_CLASS,
+    load_class_names,
+    number_cells,
+    number_folders,
+)
 from unicl_jax.data.listing import FileIndex, Strings, list_class_folders
 from unicl_jax.data.prepared import open_prepared
 from unicl_jax.data.readers import FileReader, TFRecordReader, WebDatasetReader
@@ -42,6 +49,7 @@ def make_file_source(
         max_skips_in_a_row: unreadable neighbours before the run stops; default 100.
         in_blocks: shards only; with a window, whether local ones are read in blocks, as
           remote ones always are: for disks that seek and mounted buckets.
+        max_pixels: of an image that is decoded; default config.MAX_PIXELS.
         index_cache: folder that keeps the index of the shards; default none. Worth it
           for gs:// paths, whose first index reads all the data once.
       image_size: pixels of a side of the images.
@@ -55,7 +63,7 @@ def make_file_source(
         of the files.
     """
     reader, class_names = open_reader(name, config)
-    return _file_source()(
+    source = _file_source()(
         name,
         _kind(config),
         class_names,
@@ -65,7 +73,10 @@ def make_file_source(
         train=train,
         max_skips_in_a_row=int(config.get("max_skips_in_a_row") or 100),
         in_blocks=bool(config.get("in_blocks")),
+        max_pixels=int(config.get("max_pixels") or MAX_PIXELS),
     )
+    source.check_records()
+    return source
 
 
 def open_reader(name: str, config: Mapping):
@@ -180,9 +191,19 @@ def _make_tfds(source: str, config: Mapping):
         cache=config.get("index_cache") or "",
     )
     label = dict(info.features or {}).get(fields.get("label"))
-    reader = TFRecordReader(index, fields, int(config.get("label_offset") or 0))
+    offset = int(config.get("label_offset") or 0)
+    reader = TFRecordReader(index, fields, offset)
     known = tuple(getattr(label, "names", None) or ())
-    return reader, _class_names(source, config, known)
+    names = _class_names(source, config, known)
+    classes = getattr(label, "num_classes", None)
+    if names and classes and len(names) not in (classes, classes - offset):
+        raise InputError(
+            f'source "{source}": class_names must name every class: "{fields["label"]}"'
+            f" in {path} has {classes} classes, label_offset is {offset}, and there are"
+            f" {len(names)} names; set `class_names`, or leave it out for those that "
+            "TFDS knows."
+        )
+    return reader, names
 
 
 def _make_webdataset(source: str, config: Mapping):
@@ -247,7 +268,12 @@ def _make_csv(source: str, config: Mapping):
     )
     good = [(path, labels[cell]) for path, cell in rows if type(labels[cell]) is int]
     unknown = [cell for _, cell in rows if type(labels[cell]) is not int]
-    skipped.update(labels[cell] for cell in unknown)
+    for path, cell in rows:
+        if type(labels[cell]) is not int:
+            # What has no name may have been left out on purpose.
+            is_record = labels[cell] != NO_CLASS
+            place = tables[0] if len(tables) == 1 else os.path.dirname(tables[0])
+            skipped.add(labels[cell], place, os.fsdecode(path), is_record=is_record)
     if not good:
         raise InputError(
             f'source "{source}": labels must be among the class_names, or their '

@@ -6,9 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from unicl_jax.config import MAX_PIXELS
+from unicl_jax.data.header import CANNOT_DECODE, refusal
+from unicl_jax.data.labels import OUT_OF_RANGE
 from unicl_jax.data.preprocess import make_preprocess
-from unicl_jax.data.readers import Unreadable, check_target
-from unicl_jax.data.records import NO_LABEL, Request, Rows
+from unicl_jax.data.probe import check_records
+from unicl_jax.data.readers import LostShard, Unreadable, check_target
+from unicl_jax.data.records import NO_LABEL, Request, Rows, Skip
 from unicl_jax.data.shards import BLOCK, is_remote
 from unicl_jax.data.tensorflow import import_tensorflow
 from unicl_jax.errors import InputError
@@ -49,6 +53,7 @@ class FileSource:
         train: bool,
         max_skips_in_a_row: int = 100,
         in_blocks: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ):
         """Checks the settings; `stream` starts the threads.
 
@@ -62,17 +67,19 @@ class FileSource:
           train: random crops and flips, or the centre crop.
           max_skips_in_a_row: neighbours tried in place of an unreadable record.
           in_blocks: whether local shards are read as remote ones are.
+          max_pixels: larger images are not decoded: they are unreadable.
         """
         self.name = name
         self.kind = kind
         self.class_names = tuple(class_names)
-        self.skipped = collections.Counter(reader.index.damaged)
+        self.damage = reader.index.damaged
+        self.skipped = collections.Counter(self.damage)
         self.shard_sizes = reader.index.shard_sizes
         self._in_blocks = in_blocks
         self._fetched_ahead = 0  # records; with blocks only
         self._reader = reader
         self._image_size = image_size
-        self._max_skips_in_a_row = max_skips_in_a_row
+        self._max_skips_in_a_row, self._max_pixels = max_skips_in_a_row, max_pixels
         self._preprocess = make_preprocess(name, preprocess, image_size, train)
 
     def __len__(self) -> int:
@@ -144,11 +151,21 @@ class FileSource:
         cut = min(BLOCK, index.num_bytes / len(self.shard_sizes))
         return 1 + (pieces - 1) * cut / index.num_bytes
 
+    def place(self, index: int) -> dict[str, str]:
+        """Returns the {"shard": path} or {"path": path} of a record."""
+        return {self._reader.index.PLACE: self.where(index)}
+
+    def check_records(self) -> None:
+        """Stops if a few records show that a setting is wrong; see `probe`."""
+        check_records(self, self._reader, self._load)
+
     def stream(self, requests: Iterable[Request]) -> Iterator[Rows]:
         """Reads the records of each request; a pure function of indices and seeds.
 
         An unreadable record is replaced by the next readable one (index + 1, ... modulo
-        the length) under the same seed, and counted in `skipped`.
+        the length) under the same seed, and counted in `skipped`. One whose shard is
+        gone is replaced by the one at its place in the next shard: many are missing at
+        once, and one record would be in the place of all.
 
         Args:
           requests: taken ahead of the rows, from another thread; may be endless.
@@ -249,10 +266,12 @@ class FileSource:
         """The pixels, captions and label of a record, or raises Unreadable."""
         data, text, label = self._reader.read(index)
         texts, label = check_target(self.kind, len(self.class_names), text, label)
+        if reason := refusal(data, self._max_pixels):
+            raise Unreadable(reason)
         try:
             image = self._preprocess(data, seed)
         except ValueError as error:
-            raise Unreadable("image cannot be decoded") from error
+            raise Unreadable(CANNOT_DECODE) from error
         return image, texts, label
 
     def _fill(self, pending: _Pending, row: int, image, texts, label: int):
@@ -264,25 +283,36 @@ class FileSource:
     def _finish(self, pending: _Pending) -> Rows:
         if pending.failure is not None:
             raise pending.failure
-        for row in np.flatnonzero(~pending.is_filled):
+        skipped = []
+        for row in map(int, np.flatnonzero(~pending.is_filled)):
             index, seed = (int(part[row]) for part in pending.request)
-            self._fill(pending, row, *self._replacement(index, seed))
-        return pending.rows
+            found, met = self._replacement(index, seed)
+            self._fill(pending, row, *found)
+            skipped += [Skip(row, *each) for each in met.items()]
+        return pending.rows._replace(skipped=tuple(skipped))
 
     def _replacement(self, index: int, seed: int):
-        """Loads the first readable record from `index` on."""
-        reasons = collections.Counter()
-        for step in range(min(self._max_skips_in_a_row, len(self))):
+        """Loads the first readable record from `index` on; tells the others."""
+        at, met = index, {}
+        for _ in range(min(self._max_skips_in_a_row, len(self))):
             try:
-                found = self._load((index + step) % len(self), seed)
+                found = self._load(at, seed)
             except Unreadable as error:
-                reasons[error.reason] += 1
+                met[at] = error.reason
+                if isinstance(error, LostShard):
+                    at = self._reader.index.in_next_shard(at)
+                else:
+                    at = (at + 1) % len(self)
                 continue
-            self.skipped.update(reasons)
-            return found
-        self.skipped.update(reasons)
-        counts = ", ".join(f"{n} x {reason}" for reason, n in reasons.most_common())
-        hint = " and `label_offset`" if "label out of range" in reasons else ""
+            self.skipped.update(met.values())
+            return found, met
+        self.skipped.update(met.values())
+        first = {reason: i for i, reason in reversed(met.items())}
+        counts = ", ".join(
+            f"{n} x {reason} (as {self.where(first[reason])})"
+            for reason, n in collections.Counter(met.values()).most_common()
+        )
+        hint = " and `label_offset`" if OUT_OF_RANGE in first else ""
         raise InputError(
             f'source "{self.name}": fewer than {self._max_skips_in_a_row} records in a '
             f"row may be unreadable: from record {index} on got {counts}; check the "

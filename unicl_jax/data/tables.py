@@ -1,12 +1,12 @@
 """CSV and TSV files whose rows name an image and its caption or label."""
 
-import collections
 import csv
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from absl import logging
 
+from unicl_jax.data.damage import Damage
 from unicl_jax.data.shards import is_remote, open_shard
 from unicl_jax.errors import InputError, did_you_mean
 
@@ -32,7 +32,7 @@ def read_tables(
     fields: Mapping[str, str],
     root: str = "",
     delimiter: str = "",
-) -> tuple[list[Row], collections.Counter]:
+) -> tuple[list[Row], Damage]:
     """Reads the rows of tables that have an image and its caption or label.
 
     Args:
@@ -43,7 +43,7 @@ def read_tables(
       delimiter: between columns; "": a tab in .tsv and .tab files, else a comma.
 
     Returns:
-      The rows in their order, and reason -> count of those that were left out.
+      The rows in their order, and what was left out.
 
     Raises:
       InputError: if a table cannot be read, a column is not there, or no row is left.
@@ -54,10 +54,10 @@ def read_tables(
             f'source "{source}": delimiter must be one character, such as ";", or '
             f'"tab": got {delimiter!r}; mend it, or leave it out.'
         )
-    rows, skipped = [], collections.Counter()
+    rows, skipped = [], Damage()
     for path in tables:
         by_suffix = "\t" if path.lower().endswith(_TAB_SUFFIXES) else ","
-        bad = collections.Counter()
+        bad = Damage()
         folder = os.path.expanduser(root) or os.path.dirname(path)
         try:
             with open_shard(path, buffered=True) as file:
@@ -75,7 +75,7 @@ def read_tables(
             logging.warning(
                 'source "%s": rows of %s are left out: %s.', source, path, _said(bad)
             )
-        skipped += bad
+        skipped.join(bad)
     if not rows:
         raise InputError(
             f'source "{source}": at least one row must have an image and its '
@@ -92,28 +92,31 @@ def _said(counts):
 
 def _rows(source, path, file, fields, delimiter, folder, bad) -> Iterator[Row]:
     """The good rows; `bad` counts the others."""
-    reader = _parsed(_decoded(source, path, file), delimiter, bad)
-    header = next(reader, [])
+    reader = _parsed(_decoded(source, path, file), delimiter, path, bad)
+    _, header = next(reader, (0, []))
     image, value = (
         _column(source, path, header, role, fields[role], delimiter)
         for role in ("image", "label" if "label" in fields else "text")
     )
     what = "label" if "label" in fields else "caption"
-    for row in reader:
+    for line, row in reader:
         if not any(row):
             continue  # a blank line
         if len(row) <= max(image, value):
-            bad["row is too short"] += 1
+            bad.add("row is too short", path, f"line {line}")
             continue
         name, text = row[image].strip(), row[value].strip()
+        reason = ""
         if not name:
-            bad["empty path"] += 1
+            reason = "empty path"
         elif name.startswith(("http://", "https://")):
-            bad["path is a web address"] += 1
+            reason = "path is a web address"
         elif not text:
-            bad[f"empty {what}"] += 1
+            reason = f"empty {what}"
         elif not _is_utf8(text):
-            bad[f"{what} is no UTF-8"] += 1
+            reason = f"{what} is no UTF-8"
+        if reason:
+            bad.add(reason, path, f"line {line}")
         else:
             full = name if is_remote(name) else os.path.join(folder, name)
             yield os.fsencode(full), text
@@ -142,15 +145,18 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _parsed(lines, delimiter, bad) -> Iterator[list[str]]:
+def _parsed(lines, delimiter, path, bad) -> Iterator[tuple[int, list[str]]]:
+    """Rows, and the lines they end at."""
     reader = csv.reader(lines, delimiter=delimiter)
     while True:
         try:
-            yield next(reader)
+            row = next(reader)
         except StopIteration:
             return
         except csv.Error:  # a quote that never ends, say; it goes on at the next line
-            bad["row cannot be parsed"] += 1
+            bad.add("row cannot be parsed", path, f"line {reader.line_num}")
+        else:
+            yield reader.line_num, row
 
 
 def _column(source, path, header, role, wanted, delimiter) -> int:

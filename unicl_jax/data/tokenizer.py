@@ -19,7 +19,7 @@ import gzip
 import heapq
 import html
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 
 import ftfy
@@ -46,6 +46,7 @@ _WHITE_SPACE = regex.compile(r"\s+")
 
 _CACHE_WORDS = 1 << 16
 _MAX_CACHED_CHARS = 64  # longer words are rare; without this the cache has no bound
+_HEAD_CHARS = 4096  # of a longer text, first the lines that end before this
 
 
 class Tokenizer:
@@ -201,37 +202,78 @@ class Tokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace").rstrip(" ")
 
     def _text_ids(self, text: str, limit: int | None) -> list[int]:
-        """Ids of a text; stops after the word that reaches `limit`."""
+        """Ids of a text, at least the first `limit`; it may stop behind them."""
+        if limit is not None and len(text) > _HEAD_CHARS:
+            # Lines are repaired one by one, from the first on, and no word or entity
+            # goes on in the next: what the first ones give are the text's first ids.
+            text = text.lstrip("\n")
+            head = text[: text.rfind("\n", 0, _HEAD_CHARS) + 1]
+            ids = self._clean_ids(clean_text(head), limit)
+            if len(ids) >= limit:
+                return ids
+        return self._clean_ids(clean_text(text), limit)
+
+    def _clean_ids(self, text: str, limit: int | None) -> list[int]:
         ids: list[int] = []
-        cached, uncached = self._cached_word_ids, self._word_ids
-        for word in clean_text(text).split(" "):
-            ids += cached(word) if len(word) <= _MAX_CACHED_CHARS else uncached(word)
+        for word in text.split(" "):
+            if len(word) <= _MAX_CACHED_CHARS:
+                ids += self._cached_word_ids(word)
+            else:
+                ids += self._word_ids(word, limit and limit - len(ids))
             if limit is not None and len(ids) >= limit:
                 break
         return ids
 
-    def _word_ids(self, word: str) -> tuple[int, ...]:
-        """Ids of a text that holds no white space."""
+    def _word_ids(self, word: str, limit: int | None = None) -> tuple[int, ...]:
+        """Ids of a text that holds no white space, at least the first `limit`."""
         ids: list[int] = []
-        for part in _WORD.findall(word):
+        for match in _WORD.finditer(word):
+            part = match[0]
             if part == _SOT_TEXT:
                 ids.append(self.sot)
             elif part == _EOT_TEXT:
                 ids.append(self.eot)
+            elif len(part) <= _MAX_CACHED_CHARS:
+                ids += self._merge(part.encode("utf-8"))
             else:
-                ids += self._merge(part)
+                for piece, is_end in self._apart(part.encode("utf-8")):
+                    ids += self._merge(piece, is_end)
+                    if limit is not None and len(ids) >= limit:
+                        break
+            if limit is not None and len(ids) >= limit:
+                break
         return tuple(ids)
 
-    def _merge(self, part: str) -> list[int]:
-        """Bytes of `part`, merged in rank order, in O(n log n).
+    def _apart(self, part: bytes) -> Iterator[tuple[bytes, bool]]:
+        """Cuts between bytes that no id holds side by side: nothing merges over them.
+
+        Yields:
+          A piece, and whether it is the last one.
+        """
+        start, within = 0, self._neighbours
+        for at, pair in enumerate(itertools.pairwise(part), 1):
+            if pair not in within:
+                yield part[start:at], False
+                start = at
+        yield part[start:], True
+
+    @functools.cached_property
+    def _neighbours(self) -> set[tuple[int, int]]:
+        """Bytes that stand side by side in an id."""
+        pieces = (piece.rstrip(b" ") for piece in self._pieces)
+        return {pair for piece in pieces for pair in itertools.pairwise(piece)}
+
+    def _merge(self, part: bytes, is_end: bool = True) -> list[int]:
+        """Bytes of a word or its piece, merged in rank order, in O(n log n).
 
         A merge's id grows with its rank and is larger than those of its two symbols,
         so what a merge makes possible always comes after it: a heap of (merged id,
         position) gives the result of merging in rounds, and stays quick where a text
         without spaces is one long word.
         """
-        symbols = [self._byte_ids[byte] for byte in part.encode("utf-8")]
-        symbols[-1] += 256  # the form that ends a word
+        symbols = [self._byte_ids[byte] for byte in part]
+        if is_end:
+            symbols[-1] += 256  # the form that ends a word
         size = len(symbols)
         left_of, right_of = list(range(-1, size - 1)), list(range(1, size + 1))
         merges = self._merges
