@@ -10,9 +10,10 @@ import pytest
 
 from unicl_jax import config as config_lib
 from unicl_jax import encoders
-from unicl_jax.config import flatten, to_json, validate
+from unicl_jax.config import flatten, to_json
 from unicl_jax.errors import InputError
 from unicl_jax.optimizer import make_optimizer
+from unicl_jax.validation import validate
 from unicl_jax.workdir import prepare_workdir
 
 DEVICES = 8

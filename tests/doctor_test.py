@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from real_files import CLASSES, Image, photo, write_ten
 
 from unicl_jax import config as config_lib
-from unicl_jax import data, doctor
+from unicl_jax import data, doctor, validation
 from unicl_jax.checks import Setting, contact_sheet, examine, resources
 from unicl_jax.checks.concepts import near_duplicates
 from unicl_jax.checks.mixture import expected_positives
@@ -531,20 +531,20 @@ def test_letters_that_dejavu_lacks_come_from_another_font():
 
 def test_all_of_a_configs_problems_are_told():
     config = runpy.run_path(str(RECIPE))["get_config"]()
-    assert [*config_lib.problems(config, 1)] == []
+    assert [*validation.problems(config, 1)] == []
     config.batch_size, config.seed, config.views = 0, -1, 99
     config.optimizer.eps = config.optimizer.b1 = -1.0
     with config.unlocked():
         config.data.sources.labels.pth = "x"
-    said = " ".join(map(str, config_lib.problems(config, 1, 2)))
+    said = " ".join(map(str, validation.problems(config, 1, 2)))
     for field in (
         *("batch_size", "seed", "views", "optimizer.eps", "optimizer.b1"),
         *('no "pth"', "share_prompts"),
     ):
         assert field in said, field
-    first = next(config_lib.problems(config, 1, 2))
+    first = next(validation.problems(config, 1, 2))
     with pytest.raises(InputError) as caught:
-        config_lib.validate(config, 1, 2)
+        validation.validate(config, 1, 2)
     assert str(caught.value) == str(first)
 
 

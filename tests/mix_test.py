@@ -19,7 +19,6 @@ from scipy import stats
 from unicl_jax import config as config_lib
 from unicl_jax import objectives, train
 from unicl_jax.augment import make_views
-from unicl_jax.config import validate
 from unicl_jax.errors import InputError
 from unicl_jax.losses import (
     NO_LABEL,
@@ -31,6 +30,7 @@ from unicl_jax.mix import cut, make_mix, neighbours
 from unicl_jax.objectives import Forward
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
+from unicl_jax.validation import validate
 
 SWINS = dict(mixup=0.8, cutmix=1.0, probability=1.0, cutmix_share=0.5)
 MIXES = sorted(k for k, v in objectives.OBJECTIVES.items() if not v.unmixed)

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from real_files import SIZE, encoded, example, photo, write_tfrecord
 
-from unicl_jax import config as config_lib
-from unicl_jax import data, prepare
+from unicl_jax import data, prepare, validation
 from unicl_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -105,12 +104,12 @@ def test_a_recipe_prepares_its_sources_and_trains_on_them(command, pets, tmp_pat
     config = runpy.run_path(str(ROOT / "configs/own_data.py"))["get_config"]().lock()
     for name, source in config.data.sources.items():
         source.format, source.path = "prepared", str(to / name)
-    config_lib.validate(config, 1)
+    validation.validate(config, 1)
     for name, source in config.data.sources.items():
         assert len(data.make_source(name, source, SIZE, True)) in (3, 6)
     config.data.sources.captions.root = "somewhere"
     with pytest.raises(InputError, match='captions: a prepared source has no "root"'):
-        config_lib.validate(config, 1)
+        validation.validate(config, 1)
 
 
 @pytest.mark.parametrize(

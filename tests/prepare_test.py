@@ -23,13 +23,13 @@ from real_files import (
 )
 
 from unicl_jax import data
-from unicl_jax.config import SOURCE_FIELDS
 from unicl_jax.data import prepared
 from unicl_jax.data.indexing import index_tfrecords
 from unicl_jax.data.prepare_plan import Options
 from unicl_jax.data.preparing import prepare
 from unicl_jax.data.raw import open_raw
 from unicl_jax.errors import InputError
+from unicl_jax.validation import SOURCE_FIELDS
 
 KINDS = ["JPEG", "PNG", "GIF", "WEBP", "BMP"]
 BROKEN = encoded(photo(0))[:900]

@@ -9,7 +9,7 @@ from faults_test import good, opened, write
 from real_files import SIZE
 
 from unicl_jax import config as config_lib
-from unicl_jax import data, train
+from unicl_jax import data, train, validation
 from unicl_jax.data.damage import Damage
 from unicl_jax.data.skipped import SkippedRecords
 from unicl_jax.errors import InputError
@@ -296,7 +296,7 @@ def test_a_share_is_a_share(of, share, make_config):
     with config.ignore_type():
         section.max_skipped = share
     with pytest.raises(InputError, match=r"max_skipped must be in \[0, 1\]"):
-        config_lib.validate(config, 1)
+        validation.validate(config, 1)
 
 
 @pytest.mark.parametrize("field", ["max_pixels", "max_skips_in_a_row"])
@@ -305,11 +305,11 @@ def test_limits_are_whole_numbers(field, value, make_config):
     config = make_config()
     config.data.sources.labels[field] = value
     if (field, value) == ("max_skips_in_a_row", 10**9):
-        return config_lib.validate(config, 1)
+        return validation.validate(config, 1)
     with pytest.raises(
         InputError, match=f"data.sources.labels.{field} must be a whole"
     ):
-        config_lib.validate(config, 1)
+        validation.validate(config, 1)
 
 
 def test_limits_may_change_between_restarts(make_config, tmp_path):

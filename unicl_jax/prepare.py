@@ -24,7 +24,6 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from unicl_jax.config import SOURCE_FIELDS, check_source
 from unicl_jax.data import prepared
 from unicl_jax.data.prepare_plan import NOT_OF_RECORDS, Options
 from unicl_jax.data.preparing import prepare
@@ -32,6 +31,7 @@ from unicl_jax.data.shard_writer import list_folder
 from unicl_jax.errors import InputError, choose, did_you_mean
 from unicl_jax.metrics import clock
 from unicl_jax.recipe import literal, read_recipe, set_field
+from unicl_jax.validation import SOURCE_FIELDS, check_source
 
 BAD_INPUT, STOPPED = 2, 130
 EVALUATIONS = "evaluations"  # the folder of those, for a source may be called as one is

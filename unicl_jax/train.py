@@ -10,8 +10,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from unicl_jax import config as config_lib
-from unicl_jax import data, encoders, evaluation, init_from, objectives, sharding
+from unicl_jax import (
+    data,
+    encoders,
+    evaluation,
+    init_from,
+    objectives,
+    sharding,
+    validation,
+)
 from unicl_jax.analysis import end_of_run
 from unicl_jax.augment import make_views
 from unicl_jax.checkpoint import Checkpoints, NotSaved
@@ -53,7 +60,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     """
     # 1. All that can be wrong with the config itself, before anything costs time.
     is_first = jax.process_index() == 0
-    config_lib.validate(config, jax.device_count(), jax.process_count())
+    validation.validate(config, jax.device_count(), jax.process_count())
     objectives.check(config)
     model = encoders.from_config(config.model)
     text = encoders.options("text", config.model.text)

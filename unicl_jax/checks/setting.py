@@ -9,8 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from unicl_jax import config as config_lib
-from unicl_jax import data, encoders, init_from, objectives
+from unicl_jax import data, encoders, init_from, objectives, validation
 from unicl_jax.checks.report import PROBLEM, Section, some
 from unicl_jax.errors import InputError
 from unicl_jax.optimizer import make_optimizer
@@ -85,7 +84,7 @@ def look_at_config(section: Section, setting: Setting) -> None:
       setting: gets its model, tokenizer and optimizer.
     """
     config = setting.config
-    for problem in config_lib.problems(config, setting.devices, setting.processes):
+    for problem in validation.problems(config, setting.devices, setting.processes):
         section.refuse(problem)
     _made(section, lambda: objectives.check(config))
     text = _made(section, lambda: encoders.options("text", config.model.text))
