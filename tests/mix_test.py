@@ -18,7 +18,7 @@ from scipy import stats
 
 from unicl_jax import config as config_lib
 from unicl_jax import objectives, train
-from unicl_jax.augment import make_views
+from unicl_jax.augment import make_views, normalize
 from unicl_jax.errors import InputError
 from unicl_jax.losses import (
     NO_LABEL,
@@ -292,6 +292,24 @@ def test_a_batch_that_is_left_whole_has_the_plain_loss():
     assert mixed.keys() == plain.keys()  # and without mixing there is no other metric
     for key, value in plain.items():
         np.testing.assert_allclose(mixed[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+def test_whole_images_are_named_by_what_was_learnt_from_mixed_ones():
+    step, state, _ = parts("unicl")
+    step, batch, excess = jax.jit(step), make_batch(False), []
+    for i in range(200):
+        state, metrics = step(state, batch, jnp.int32(i))
+        excess.append(float(metrics["excess"]))
+    assert min(excess) > -1e-5
+    assert np.mean(excess[-40:]) < 0.7 * np.mean(excess[:10])
+    u, _ = model().encode_image(
+        state.params, state.model_state, normalize(batch["image"])
+    )
+    texts = np.tile(np.arange(CONCEPTS)[:, None], 3)
+    v, _ = model().encode_text(state.params, state.model_state, texts)
+    is_label = batch["label"] != NO_LABEL
+    hits = np.asarray(u @ v.T).argmax(1) == batch["label"]
+    assert hits[is_label].mean() > 0.8
 
 
 # --- On several devices.
