@@ -259,16 +259,16 @@ def test_a_shard_may_go_while_the_run_is_on(form, tmp_path):
     assert shown(read(source, [8])[0].images) == [8]
     paths[1].unlink()
     assert shown(read(source, [9])[0].images) == [9]  # for it is open
-    source._reader._shards._files.clear()
+    source._reader.shards._files.clear()
     (rows,) = read(source, [7, 8, 15, 11, 16])
     # Its records are replaced by those at their places in the next shard.
     assert shown(rows.images) == [7, 16, 23, 19, 16]
     assert [skip.index for skip in rows.skipped] == [8, 15, 11]
     assert {skip.reason for skip in rows.skipped} == {"shard cannot be read"}
-    assert source.where(8) == {"shard": str(paths[1])}
+    assert source.place(8) == {"shard": str(paths[1])}
     for path in (paths[0], paths[2]):
         path.unlink()
-    source._reader._shards._files.clear()
+    source._reader.shards._files.clear()
     with pytest.raises(InputError, match="shard cannot be read .as .*max_skips_in_a_"):
         read(source, [3])
 
@@ -279,7 +279,7 @@ def test_a_file_may_go_while_the_run_is_on(form, tmp_path):
     source = opened(form, tmp_path)
 
     assert shown(read(source, [3])[0].images) == [3]
-    os.unlink(source.where(3)["path"])
+    os.unlink(source.where(3))
     assert shown(read(source, [2, 3, 4])[0].images) == [2, 4, 4]
     assert source.skipped == {"file is missing": 1}
 

@@ -10,6 +10,8 @@ from real_files import Image, encoded, photo
 
 from unicl_jax.config import MAX_PIXELS
 from unicl_jax.data.header import TOO_LARGE, image_size, refusal
+from unicl_jax.data.raw import make_filter
+from unicl_jax.data.readers import Unreadable
 
 SIDE = 50_000
 
@@ -103,3 +105,11 @@ def test_a_gifs_first_frame_may_be_larger_than_its_screen():
 @pytest.mark.parametrize("data", [b"", b"<html>", b"\xff\xd8\xff", b"BM", b"RIFF"])
 def test_what_is_no_image_is_left_to_the_decoder(data):
     assert image_size(data) is None and refusal(data) == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bomb_is_not_prepared_either(kind):
+    keep = make_filter(check=True, max_side=None)
+    with pytest.raises(Unreadable, match=TOO_LARGE):
+        keep(promising(kind))
+    assert keep(encoded(PHOTO, kind)) == encoded(PHOTO, kind)

@@ -319,10 +319,10 @@ def test_one_that_fails_among_several_processes_does_not_wait_for_them(
 def test_an_unforeseen_error_among_several_processes_is_a_code(
     several, monkeypatch, capsys
 ):
-    def fail(argv):
+    def fail(*args):
         raise OSError("no such disk")
 
-    monkeypatch.setattr(main, "_parse", fail)
+    monkeypatch.setattr(main, "parse", fail)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: several)
     if several:
         assert main.main([]) == main.FAILED
