@@ -26,7 +26,7 @@ from unicl_jax.metrics import ConsoleProgress, Metrics, StepTimer
 from unicl_jax.mix import make_mix
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.step import init_state, make_train_step
-from unicl_jax.workdir import has_saved, keep_concepts, prepare_workdir
+from unicl_jax.workdir import has_saved, keep_concepts, keep_records, prepare_workdir
 
 
 class NonFiniteLoss(RuntimeError):
@@ -91,6 +91,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     )
     concepts = batches.concepts
     keep_concepts(workdir, concepts, write=is_first)
+    found = {s.name: (len(s), s.fingerprint()) for s in batches.sources}
+    others_now = keep_records(workdir, found, write=is_first)
     objective = objectives.make_objective(
         config.objective, model, mesh, num_concepts=len(concepts.names)
     )
@@ -214,7 +216,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             progress.say(f"going on from step {first_step} of {config.total_steps}")
         for said in started_from:
             progress.say(said)
-        for said in (*batches.said, *concepts.describe()):
+        for said in (*others_now, *batches.said, *concepts.describe()):
             progress.say(said)
         if 0 < first_step < config.total_steps:
             # A stop or a kill comes between a checkpoint and its evaluation.

@@ -1,6 +1,7 @@
 """A run's directory: whose it is, and what of it is there."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +49,7 @@ def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Pat
         )
     if not write:
         return workdir
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(to_json(config))
-        temporary.replace(saved)  # at once: a kill leaves the old one or the new one
-    except OSError as error:
-        raise InputError(
-            f'--workdir must be a directory that can be written: "{workdir}" gave '
-            f"{error.strerror}; name another directory."
-        ) from error
+    _write(workdir, saved.name, to_json(config).rstrip())
     return workdir
 
 
@@ -97,16 +90,43 @@ def keep_concepts(workdir: Path, table: "ConceptTable", write: bool) -> None:
         return
     if not write or not table.names:
         return
-    temporary = workdir / "concepts.json.new"
-    try:
-        text = json.dumps(table.to_dict(), indent=1, ensure_ascii=False)
-        temporary.write_text(text + "\n", "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(
-            f'--workdir must be a directory that can be written: "{workdir}" gave '
-            f"{error.strerror}; name another directory."
-        ) from error
+    text = json.dumps(table.to_dict(), indent=1, ensure_ascii=False)
+    _write(workdir, "concepts.json", text)
+
+
+def keep_records(
+    workdir: Path, found: Mapping[str, tuple[int, str]], write: bool
+) -> list[str]:
+    """Saves which records a run started with, or says where there are others now.
+
+    Files may come, go or be mended between two starts. The run goes on, but in another
+    order: it is no longer the run that was never stopped.
+
+    Args:
+      workdir: of the run; `records.json` is written, unless it is there already.
+      found: by source, how many records there are now and their fingerprint.
+      write: whether this process writes (one of them does).
+
+    Returns:
+      A line for each source that changed.
+    """
+    path = workdir / "records.json"
+    now = {name: {"records": n, "hash": mark} for name, (n, mark) in found.items()}
+    if path.is_file() and has_saved(workdir):
+        try:
+            before = json.loads(path.read_text("utf-8"))
+            return [
+                f"{name}: its records are others than when the run started "
+                f"({before[name]['records']:,} then, {now[name]['records']:,} now), so "
+                "that their order is another one from here on"
+                for name in now
+                if name in before and before[name] != now[name]
+            ]
+        except (OSError, ValueError, LookupError, TypeError):
+            return [f"{path} cannot be read: whether records changed is not known"]
+    if write:
+        _write(workdir, "records.json", json.dumps(now, indent=1))
+    return []
 
 
 def has_saved(workdir: str | Path) -> bool:
@@ -123,6 +143,20 @@ def saved_config(workdir: str | Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _write(workdir, name, text):
+    """At once: a kill leaves the old file or the new one."""
+    temporary = workdir / f"{name}.new"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text + "\n", "utf-8")
+        temporary.replace(workdir / name)
+    except OSError as error:
+        raise InputError(
+            f'--workdir must be a directory that can be written: "{workdir}" gave '
+            f"{error.strerror}; name another directory."
+        ) from error
 
 
 def _check_same_run(workdir, saved, config):

@@ -9,7 +9,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from unicl_jax.data.labels import load_class_names
-from unicl_jax.data.records import KINDS, NO_LABEL, Request, Rows
+from unicl_jax.data.records import KINDS, NO_LABEL, Request, Rows, hash_of
 from unicl_jax.errors import InputError, choose
 
 
@@ -103,6 +103,10 @@ class ArraySource:
     def __len__(self) -> int:
         """Returns the number of records."""
         return len(self.images)
+
+    def fingerprint(self) -> str:
+        """See `records.Source`; the images' own pixels are not looked at."""
+        return hash_of(self.labels, repr(self.texts).encode())
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Rows]:
         """Yields the rows of each request; see `records.Source`."""

@@ -21,6 +21,7 @@ import numpy as np
 from absl import logging
 
 from unicl_jax.data.damage import Damage
+from unicl_jax.data.records import hash_of
 from unicl_jax.data.shards import gfile, is_remote, open_shard, written_whole
 from unicl_jax.errors import InputError
 
@@ -58,6 +59,10 @@ class Index:
     def __len__(self) -> int:
         """Returns the number of records."""
         return len(self.shard)
+
+    def fingerprint(self) -> str:
+        """As `records.Source.fingerprint`; shards may lie in another folder."""
+        return hash_of(self.shard, self.offset, self.size)
 
     @property
     def shard_sizes(self) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 
 from unicl_jax.data.damage import Damage
+from unicl_jax.data.records import hash_of
 from unicl_jax.data.shards import gfile, is_remote
 from unicl_jax.errors import InputError
 
@@ -70,6 +71,12 @@ class FileIndex:
     def __len__(self) -> int:
         """Returns the number of records."""
         return len(self.paths)
+
+    def fingerprint(self) -> str:
+        """As `records.Source.fingerprint`; files may lie in another folder."""
+        names = (os.path.basename(self.paths[i]) for i in range(len(self.paths)))
+        texts = (self.texts[i] for i in range(len(self.texts)))
+        return hash_of(b"\0".join(names), self.labels, b"\0".join(texts))
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ W pixels.
 """
 
 import collections
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -62,6 +63,22 @@ class Rows(NamedTuple):
     skipped: tuple[Skip, ...] = ()
 
 
+def hash_of(*parts: bytes | np.ndarray) -> str:
+    """A hash of bytes and arrays, to tell whether they are the same another day.
+
+    Args:
+      *parts: in an order that counts.
+
+    Returns:
+      16 hexadecimal digits.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part if isinstance(part, bytes) else part.tobytes())
+    return found.hexdigest()
+
+
 class Source(Protocol):
     """Where records come from: random access by index, read as one stream.
 
@@ -85,6 +102,10 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Returns the number of records, readable or not."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Returns what changes if the records, their order or labels do."""
         ...
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Rows]:

@@ -86,6 +86,10 @@ class FileSource:
         """Returns the number of records, readable or not."""
         return len(self._reader.index)
 
+    def fingerprint(self) -> str:
+        """See `records.Source`."""
+        return self._reader.index.fingerprint()
+
     @property
     def index(self):
         """Where the records lie: an `indexing.Index` or a `listing.FileIndex`."""
