@@ -159,20 +159,17 @@ class _Files:
 
 
 class Grain:
-    """grain's MapDataset over single files, in worker processes."""
+    """grain's MapDataset over single files, read and changed by its threads."""
 
     def __init__(self, protocol, folder, batch_size, workers):
-        """Starts its worker processes."""
+        """Builds the pipeline."""
         import grain
-        from absl import flags
 
-        flags.FLAGS(["benchmark"])  # its processes read them
         source = _Files(protocol, folder, as_numpy=True)
         data = grain.MapDataset.source(source).seed(0).shuffle().repeat()
         data = data.batch(batch_size, drop_remainder=True)
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4)
         data = data.to_iter_dataset(options)
-        data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
         self.batches = iter(data)
 
     count = TorchFiles.count
