@@ -96,6 +96,11 @@ def test_the_sides_are_those_that_pillow_reads(kind, mode, options):
         assert image_size(data[:end]) in (None, (91, 67))
 
 
+def test_libjpeg_passes_over_what_is_before_a_marker():
+    data = encoded(Image.new("RGB", (40, 30)), "JPEG")
+    assert image_size(data[:2] + b"\x00" + data[2:]) == (40, 30)
+
+
 def test_a_gifs_first_frame_may_be_larger_than_its_screen():
     data = bytearray(encoded(PHOTO, "GIF"))
     data[6:10] = struct.pack("<HH", 1, 1)

@@ -40,7 +40,7 @@ def image_size(data: bytes) -> tuple[int, int] | None:
     Returns:
       (width, height); None if they are not found, where it is the decoder's to say why.
     """
-    if data[:3] == b"\xff\xd8\xff":
+    if data[:2] == b"\xff\xd8":  # libjpeg passes over what stands before a marker
         return _jpeg(data)
     try:
         if data[:8] == b"\x89PNG\r\n\x1a\n":
