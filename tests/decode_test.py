@@ -135,6 +135,47 @@ def test_what_is_no_image_is_refused(data):
         decode.decode(data)
 
 
+def test_a_jpeg_that_is_odd_but_whole_is_an_image():
+    whole = encoded(photo(0))
+    expected = decode.decode(whole)
+    odd = whole[:-2] + b"more" + whole[-2:]  # before the end's marker
+    np.testing.assert_array_equal(decode.decode(odd), expected)
+    np.testing.assert_array_equal(decode.decode(odd, (9, 9)), expected)
+    scan = whole.index(b"\xff\xda") + 12
+    odd = whole[:scan] + b"\x07" + whole[scan + 1 :]  # ends of a spectrum, not used
+    np.testing.assert_array_equal(decode.decode(odd), expected)
+    with pytest.raises(ValueError):  # but not all of it is there
+        decode.decode(odd[: len(odd) // 2])
+
+
+@pytest.mark.parametrize("sampling", [0x14, 0x31, 0x24])
+def test_colours_sampled_in_odd_ways_are_pillows_to_decode(sampling):
+    data = bytearray(encoded(photo(0)))
+    data[data.index(b"\xff\xc0") + 11] = sampling
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    np.testing.assert_array_equal(decode.decode(bytes(data)), np.asarray(image))
+    preprocessed(bytes(data), [0])
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 1), (1200, 30)])
+def test_a_strip_is_not_enlarged_as_a_whole(shape, monkeypatch):
+    sizes = []
+    resize = Image.Image.resize
+
+    def watched(self, size, *args, **kwargs):
+        sizes.append(size)
+        return resize(self, size, *args, **kwargs)
+
+    data = encoded(photo(2, *shape), "PNG")
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    (found,) = preprocessed(data, [0], train=False)
+    assert max(map(max, sizes)) == SIZE
+    monkeypatch.setattr(preprocess, "_STRIP", 10**9)
+    (expected,) = preprocessed(data, [0], train=False)
+    assert max(map(max, sizes)) > SIZE
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
 def test_sixteen_bits_are_cut_to_eight():
     values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     found = decode.decode(encoded(Image.fromarray(values), "PNG"))

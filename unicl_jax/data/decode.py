@@ -13,23 +13,32 @@ from PIL import Image
 
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # Pillow opens what runs programs, too
 _COLORS = ("Gray", "YCbCr", "RGB")  # of JPEGs; CMYK goes through Pillow
+# What libjpeg warns of where nothing of the picture is lost: its header is odd, or
+# there is more than a picture. Common in images of the web.
+_ODDITIES = (
+    "extraneous bytes before marker",
+    "Invalid SOS parameters",
+    "unknown JFIF revision",
+    "Unknown Adobe color transform",
+    "Inconsistent progression sequence",
+)
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width that a JPEG of colours says it has; None for other bytes.
+    """Height and width that a JPEG says it has; None if Pillow is to decode it.
 
     Args:
       data: the file's bytes.
 
     Returns:
       (H, W), or None.
-
-    Raises:
-      ValueError: if it is a JPEG without a whole header.
     """
     if not simplejpeg.is_jpeg(data):
         return None
-    height, width, color, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    try:
+        height, width, color, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except (ValueError, KeyError):  # no header, or one that it has no name for
+        return None
     return (height, width) if color in _COLORS else None
 
 
@@ -48,12 +57,14 @@ def decode(data: bytes, least: tuple[int, int] = (0, 0)) -> np.ndarray:
       ValueError: if the bytes are cut off or no known format.
     """
     if jpeg_size(data) is not None:
-        if not any(least):
-            return simplejpeg.decode_jpeg(data)
         height, width = least
-        return simplejpeg.decode_jpeg(
-            data, min_height=height, min_width=width, min_factor=2
-        )
+        scaled = dict(min_height=height, min_width=width, min_factor=2)
+        try:
+            return simplejpeg.decode_jpeg(data, **scaled if any(least) else {})
+        except ValueError as error:
+            if not any(oddity in str(error) for oddity in _ODDITIES):
+                raise
+            # It is whole, or Pillow says that it is not.
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             return np.asarray(_rgb(image))

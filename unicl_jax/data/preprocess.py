@@ -36,6 +36,10 @@ _INTERPOLATIONS = {
 _NUM_TRIES = 10
 _EVAL_RESIZE = 256 / 224  # the shorter side before the centre crop, over S
 
+# So many times as long as wide, an image is not enlarged as a whole: a line of pixels
+# would become gigabytes.
+_STRIP = 16
+
 # One thread an image, which is what many images at once want.
 cv2.setNumThreads(1)
 
@@ -240,8 +244,14 @@ def _center(data, draws, image_size: int, settings: Mapping):
     height, width = image.shape[:2]
     shorter = int(_EVAL_RESIZE * image_size)
     size = [shorter * side // min(height, width) for side in (height, width)]
-    image = _pillow_resize(image, size, settings["interpolation"])
     top, left = (round((side - image_size) / 2) for side in size)
+    if max(size) > _STRIP * min(size):
+        down, across = height / size[0], width / size[1]
+        right, bottom = (left + image_size) * across, (top + image_size) * down
+        box = (left * across, top * down, right, bottom)
+        square = (image_size, image_size)
+        return _pillow_resize(image, square, settings["interpolation"], box)
+    image = _pillow_resize(image, size, settings["interpolation"])
     return np.ascontiguousarray(image[top : top + image_size, left : left + image_size])
 
 
