@@ -75,6 +75,7 @@ def test_every_field_of_a_source_can_be_said(command, tmp_path):
         *("--fields.image=a", "--fields.label=b", "--label_offset=1"),
         "--class_names=['w', 'x', 'y', 'z']",
         *(f"--index_cache={tmp_path}/index", "--max_skips_in_a_row=3"),
+        "--max_pixels=99999",
     )
     assert (code, err) == (0, [])
     manifest = json.loads((tmp_path / "to" / "manifest.json").read_text())

@@ -244,6 +244,15 @@ def as_prepared(folder, kind="image_text"):
     return {"format": "prepared", "kind": kind, "path": str(folder)}
 
 
+def test_what_training_would_refuse_to_decode_is_left_out(tmp_path):
+    config = of_folder(tmp_path)  # of 90 x 70 pixels
+    Image.new("RGB", (91, 70)).save(tmp_path / "pets" / "cat" / "large.png")
+    manifest = run({**config, "max_pixels": 6300}, tmp_path / "to")
+    assert manifest["records"] == 12
+    assert manifest["skipped"]["image has more than max_pixels"] == 1
+    assert run(config, tmp_path / "all")["records"] == 13
+
+
 def test_labels_that_are_no_class_are_left_out(tmp_path):
     labels = [0, 7, -1, 2]
     payloads = [example(jpg=encoded(photo(i)), cls=c) for i, c in enumerate(labels)]
@@ -352,7 +361,8 @@ def test_a_finished_one_says_so_and_needs_no_source(tmp_path):
     assert contents(tmp_path / "to") == before
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "to").iterdir()}
     # What only training asks of a source is no difference.
-    run({**config, "preprocess": CENTRE, "weight": 2.0, "root": ""}, tmp_path / "to")
+    of_training = {"preprocess": CENTRE, "weight": 2.0, "max_skipped": 0.5, "root": ""}
+    run({**config, **of_training}, tmp_path / "to")
 
 
 @pytest.mark.parametrize("after", [5, 100])

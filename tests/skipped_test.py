@@ -312,6 +312,12 @@ def test_limits_are_whole_numbers(field, value, make_config):
         validation.validate(config, 1)
 
 
+@pytest.mark.parametrize("form", ["prepared", "folder", "csv", "tfds", "webdataset"])
+def test_every_format_of_files_has_limits(form):
+    limits = dict(max_pixels=10, max_skips_in_a_row=3, max_skipped=0.5)
+    validation.check_source("data.sources", "mine", dict(format=form, **limits), ())
+
+
 def test_limits_may_change_between_restarts(make_config, tmp_path):
     run = tmp_path / "run"
     prepare_workdir(run, make_config(), write=True)

@@ -35,7 +35,7 @@ from unicl_jax.validation import SOURCE_FIELDS, check_source
 
 BAD_INPUT, STOPPED = 2, 130
 EVALUATIONS = "evaluations"  # the folder of those, for a source may be called as one is
-_INTEGERS = ("label_offset", "max_skips_in_a_row")
+_INTEGERS = ("label_offset", "max_skips_in_a_row", "max_pixels")
 _EVERY = 0.2  # seconds between two looks of the live line
 _EVERY_LINE = 30.0  # seconds between two lines where there is no terminal
 

@@ -363,10 +363,8 @@ def check_source(
             )
 
 
-_OF_FILES = (
-    *("class_names", "preprocess"),
-    *("max_skips_in_a_row", "max_skipped", "max_pixels"),
-)
+_OF_IMAGES = ("preprocess", "max_skips_in_a_row", "max_skipped", "max_pixels")
+_OF_FILES = ("class_names", *_OF_IMAGES)
 _OF_SHARDS = (*_OF_FILES, "fields", "label_offset", "index_cache", "in_blocks")
 # What a source or an evaluation may say, by format; see docs/data.md.
 SOURCE_FIELDS = {
@@ -378,6 +376,6 @@ SOURCE_FIELDS = {
     "tfds": (*_OF_SHARDS, "split"),
     "folder": _OF_FILES,
     "csv": (*_OF_FILES, "fields", "root", "delimiter", "label_offset"),
-    "prepared": ("preprocess", "max_skips_in_a_row", "in_blocks"),
+    "prepared": (*_OF_IMAGES, "in_blocks"),
 }
 SECTIONS = ("model", "data", "augment", "strong_augment", "mix", "optimizer")

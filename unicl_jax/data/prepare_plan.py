@@ -12,7 +12,7 @@ from unicl_jax.data.shard_writer import list_folder, remove
 from unicl_jax.errors import InputError
 
 # Of a source's settings, those that say what training makes of its records.
-NOT_OF_RECORDS = ("weight", "templates", "preprocess")
+NOT_OF_RECORDS = ("weight", "templates", "preprocess", "max_skipped", "in_blocks")
 _NOT_COMPARED = (*NOT_OF_RECORDS, "index_cache", "max_skips_in_a_row")
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from unicl_jax.config import MAX_PIXELS
 from unicl_jax.data import prepare_plan as plans
 from unicl_jax.data import prepared
 from unicl_jax.data.indexing import index_tfrecords, index_to_bytes
@@ -123,7 +124,8 @@ def _prepare(name, config, folder, options, workers, train, say, watch):
     }
     if plan:
         plans.check_unchanged(folder, plan, found)
-    job = _Job(name, folder, records, options, workers, watch)
+    max_pixels = int(config.get("max_pixels") or MAX_PIXELS)
+    job = _Job(name, folder, records, options, max_pixels, workers, watch)
     gfile().makedirs(os.path.join(folder, UNFINISHED))
     remove_leftovers(folder)
     if manifest:
@@ -148,9 +150,9 @@ def _prepare(name, config, folder, options, workers, train, say, watch):
 class _Job:
     """The writing of one folder."""
 
-    def __init__(self, name, folder, records, options, workers, watch):
+    def __init__(self, name, folder, records, options, max_pixels, workers, watch):
         self._name, self._folder, self._records = name, folder, records
-        self._keep = make_filter(options.check, options.max_side)
+        self._keep = make_filter(options.check, options.max_side, max_pixels)
         self._workers, self._watch = workers, watch
 
     def _path(self, *parts: str) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from unicl_jax.config import MAX_PIXELS
 from unicl_jax.data.arrays import ArraySource, make_npz_source
 from unicl_jax.data.quickstart import SIZE, make_quickstart_source
 from unicl_jax.data.readers import Unreadable, check_target
@@ -130,13 +131,16 @@ def open_raw(name: str, config: Mapping, train: bool) -> FileRecords | ArrayReco
     return FileRecords(reader, config.get("kind") or "image_label", class_names)
 
 
-def make_filter(check: bool, max_side: int | None) -> Callable[[bytes], bytes]:
+def make_filter(
+    check: bool, max_side: int | None, max_pixels: int = MAX_PIXELS
+) -> Callable[[bytes], bytes]:
     """Makes the function that lets through images that can be decoded.
 
     Args:
       check: whether to decode them at all.
       max_side: images whose shorter side has more pixels are shrunk to that many and
         encoded as JPEG; None: none is.
+      max_pixels: images with more are not let through.
 
     Returns:
       Function of the bytes of an image file: the same, or those of a smaller one. It
@@ -165,7 +169,7 @@ def make_filter(check: bool, max_side: int | None) -> Callable[[bytes], bytes]:
 
     # As training decodes, so that what passes here does not fail there.
     def checked(image: bytes) -> bytes:
-        if reason := refusal(image):
+        if reason := refusal(image, max_pixels):
             raise Unreadable(reason)
         try:
             size = jpeg_size(image) if max_side else None
