@@ -277,6 +277,15 @@ def test_columns_delimiter_and_root_can_be_named(pets, tmp_path):
         assert read(source, [0])[0].texts == [("y",)]
 
 
+def test_paths_of_windows_are_read_and_names_with_a_backslash_too(pets):
+    lines = ["path,text", r"cat\9.webp,a", "cat/10.gif,b", r"cat\10.gif,c"]
+    rows = read(table(write_table(pets / "t.csv", *lines)), [0, 1])[0]
+    assert shown(rows.images) == [4, 3] and rows.texts == [("a",), ("b", "c")]
+    os.rename(pets / "cat" / "9.webp", pets / r"cat\9.webp")
+    rows = read(table(write_table(pets / "t.csv", *lines)), [0, 1])[0]
+    assert shown(rows.images) == [4, 3]
+
+
 def test_several_tables_are_read_in_the_order_of_their_paths(pets):
     write_table(pets / "1.csv", "path,text", "cat/9.webp,b", "cat/10.gif,c")
     write_table(pets / "0.csv", "text,path", "a,cat/9.webp")
@@ -319,6 +328,7 @@ def test_bad_rows_are_left_out_and_counted_by_reason(pets, said):
         "cat/9.webp,good",
         "cat/gone.png,gone",
         b"owl/\xe9.png,another name",
+        b"owl/\xe8.png,no such name",
         '"' + "long " * 30_000,
         "cat/10.gif,good too",
     )
@@ -328,6 +338,7 @@ def test_bad_rows_are_left_out_and_counted_by_reason(pets, said):
     reasons = {
         "empty caption": 1,
         "caption is no UTF-8": 1,
+        "path is no UTF-8": 1,
         "row is too short": 1,
         "empty path": 1,
         "path is a web address": 1,
@@ -351,7 +362,8 @@ def test_bad_rows_are_left_out_and_counted_by_reason(pets, said):
             r'captions \(one of caption, .*has "path", "b"; .*fields.text',
         ),
         (["path,b"], dict(kind="image_label"), r"labels \(one of label,.*fields.label"),
-        (["path;text", "x;y"], {}, r'has "path;text"; set `delimiter`'),
+        (["path;text", "x;y"], {}, r'has "path;text"; set `delimiter` to ";"'),
+        (["path\ttext", "x\ty"], {}, 'set `delimiter` to "tab"'),
         (
             ["path,text"],
             dict(fields={"text": "txet"}),

@@ -21,7 +21,7 @@ COLUMNS = {
 }
 _WHAT = {"image": "image paths", "text": "captions", "label": "labels"}
 _TAB_SUFFIXES = (".tsv", ".tab")
-_OTHER_DELIMITERS = ";\t|,"
+_OTHER_DELIMITERS = {";": '";"', "\t": '"tab"', "|": '"|"', ",": '","'}
 
 Row = tuple[bytes, str]  # the image's path, and its caption or label
 
@@ -99,6 +99,7 @@ def _rows(source, path, file, fields, delimiter, folder, bad) -> Iterator[Row]:
         for role in ("image", "label" if "label" in fields else "text")
     )
     what = "label" if "label" in fields else "caption"
+    of_windows = None  # whether its paths have \ for /: the first one with a \ tells
     for line, row in reader:
         if not any(row):
             continue  # a blank line
@@ -106,6 +107,11 @@ def _rows(source, path, file, fields, delimiter, folder, bad) -> Iterator[Row]:
             bad.add("row is too short", path, f"line {line}")
             continue
         name, text = row[image].strip(), row[value].strip()
+        full = _full_path(folder, name)
+        if "\\" in name and of_windows is None:
+            of_windows = not os.path.exists(full)
+        if of_windows:
+            full = _full_path(folder, name.replace("\\", "/"))
         reason = ""
         if not name:
             reason = "empty path"
@@ -115,11 +121,16 @@ def _rows(source, path, file, fields, delimiter, folder, bad) -> Iterator[Row]:
             reason = f"empty {what}"
         elif not _is_utf8(text):
             reason = f"{what} is no UTF-8"
+        elif not _is_utf8(name) and not os.path.exists(os.fsencode(full)):
+            reason = "path is no UTF-8"  # other bytes may name a file, but do not
         if reason:
             bad.add(reason, path, f"line {line}")
         else:
-            full = name if is_remote(name) else os.path.join(folder, name)
             yield os.fsencode(full), text
+
+
+def _full_path(folder, name):
+    return name if is_remote(name) else os.path.join(folder, name)
 
 
 def _decoded(source, path, file) -> Iterator[str]:
@@ -172,8 +183,8 @@ def _column(source, path, header, role, wanted, delimiter) -> int:
     todo = f"set `fields.{role}` to one of them"
     if wanted:
         todo += f"; {did_you_mean(wanted, header)}"
-    elif len(header) == 1 and any(c in header[0] for c in _OTHER_DELIMITERS):
-        todo = "set `delimiter` to what is between its columns"
+    elif len(header) == 1 and (marks := [c for c in _OTHER_DELIMITERS if c in there]):
+        todo = f"set `delimiter` to {_OTHER_DELIMITERS[marks[0]]}"
     else:
         todo += ", or name the columns in the first row"
     expected = f'"{wanted}"' if wanted else f"one of {', '.join(COLUMNS[role])}"
