@@ -439,6 +439,14 @@ def test_a_recipe_with_a_syntax_error_shows_where(command, tmp_path):
     assert caught.value.filename.endswith("broken.py") and caught.value.lineno == 1
 
 
+@load_module
+@pytest.mark.parametrize("field", ["zz", "mix.prob", "data.sources.none.path"])
+def test_a_field_that_is_like_no_other_is_named(field, command):
+    code, err = command(QUICKSTART, f"--config.{field}=0.5")
+    name = field.split(".")[-2 if "none" in field else -1]
+    assert code == 2 and f'there is no config field "{name}"' in err[-1]
+
+
 def test_from_the_shell_a_mistake_has_no_traceback(folder):
     code, out, err = Command(folder, "long", "typo", "--config.batchsize=8").end()
     assert (code, out) == (2, "")

@@ -129,9 +129,11 @@ def parse(
                 f'there is no config field "{typo[2]}"; did you mean "{typo[1]}"?'
             ) from error
         message = str(error.args[0] if error.args else error)
-        message = message.strip("'")
+        # ml_collections puts a KeyError into an AttributeError where no name is near.
+        is_key = isinstance(error, KeyError) or message.startswith("\"'")
+        message = message.strip("'\"")
         absent = re.search(r"--config\.([\w.]+)", " ".join(argv))
-        if isinstance(error, KeyError):
+        if is_key:
             raise InputError(f'there is no config field "{message}".') from error
         if re.fullmatch(r"\w+", message) and absent:
             raise InputError(
