@@ -253,6 +253,16 @@ def test_broken_and_missing_files_are_named(config, own, tmp_path):
     assert "left out: 1 x path is a web address" in captions
 
 
+def test_more_missing_files_than_training_allows_are_a_problem(config, own, tmp_path):
+    for path in sorted((own / "more").iterdir())[:5]:
+        path.unlink()
+    problems = found(config, tmp_path, PROBLEM)["source captions"]
+    assert "at most 10 % of the records may be skipped (max_skipped): 5 of" in problems
+    with config.unlocked():
+        config.data.sources.captions.max_skipped = 0.5
+    assert not found(config, tmp_path, PROBLEM).get("source captions")
+
+
 def test_classes_that_are_empty_double_or_nearly_the_same(config, own, tmp_path):
     (own / "pictures" / "unicorn").mkdir()
     for name in ("sky blue", "greens", "t-shirt", "t_shirt"):

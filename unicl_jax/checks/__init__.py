@@ -71,7 +71,10 @@ def _look_at_source(section, setting, name):
     size = setting.image_size
     source = open_source(section, name, config, size, train=True)
     setting.sources[name] = source
-    sample = read_sample(section, source, size, setting.records, setting.config.seed)
+    most = config.get("max_skipped", setting.config.data.get("max_skipped", 1.0))
+    sample = read_sample(
+        section, source, size, setting.records, setting.config.seed, most
+    )
     setting.samples[name] = sample
     if source.class_names:
         look_at_labels(section, source, sample, train=True)

@@ -28,8 +28,9 @@ ADVICE = {
     "file cannot be read": "mend the permissions of these files",
     "out of range": "mend the labels, `label_offset`, or the list in `class_names`",
     "label is no class": "add these to `class_names`, or mend the labels",
-    "no image suffix": "rename them as .jpg or .png if they are images",
+    "no image suffix": "save them as .jpg or .png if they are images",
     "in no class folder": "move them into the folder of their class",
+    "no UTF-8": "save the table as UTF-8",
     "empty": "fill them in, or delete the rows",
     "web address": "download the images, and name the files instead",
     "damaged shard": "fetch that shard again",
@@ -105,7 +106,12 @@ def open_source(
 
 
 def read_sample(
-    section: Section, source: data.Source, image_size: int, count: int, seed: int
+    section: Section,
+    source: data.Source,
+    image_size: int,
+    count: int,
+    seed: int,
+    max_skipped: float = 1.0,
 ) -> Sample:
     """Reads some records as training does, and looks at their files.
 
@@ -115,6 +121,7 @@ def read_sample(
       image_size: pixels of a side that it makes.
       count: how many, at most.
       seed: of which.
+      max_skipped: the largest share of them that training lets be unreadable.
 
     Returns:
       What was read.
@@ -126,7 +133,7 @@ def read_sample(
     before = sum(source.skipped.values())
     request = Request(indices, np.zeros(len(indices), np.uint32))
     start = time.perf_counter()
-    rows = next(iter(source.stream([request])))
+    (rows,) = source.stream([request])  # to its end: an open one has TensorFlow warn
     took = (time.perf_counter() - start) / len(indices)
     if not hasattr(source, "encoded"):
         section.good(f"{some(len(indices), 'record')} read, with nothing to decode")
@@ -142,6 +149,12 @@ def read_sample(
             f"{len(files)} of {some(len(indices), 'record')} read ({share}): {reason}, "
             f"as {named(_unlike(files), '')}; the next readable one stands in",
             _advice(reason),
+        )
+    if len(broken) > max_skipped * len(indices):
+        section.fail(
+            f"at most {percent(max_skipped)} of the records may be skipped "
+            f"(max_skipped): {len(broken)} of {some(len(indices), 'record')} read are",
+            "mend them, as above, or raise data.max_skipped: training would stop",
         )
     good = [int(i) for i in indices if int(i) not in broken]
     if not good:
