@@ -319,3 +319,4 @@ def _end(worker, out, stop):
             out.get(timeout=0.05)
         except queue.Empty:
             pass
+    out.queue.clear()  # an error in it would hold TensorFlow's iterator for ever
