@@ -150,6 +150,35 @@ def test_every_process_lists_its_own(some, tmp_path):
     assert parts[0] | parts[1] == epoch and parts[0] and parts[1]
 
 
+def test_fewer_processes_take_over_what_more_have_listed(some, tmp_path):
+    whole = make_batches(some)
+    whole.keep_skipped(tmp_path)
+    _, expected = take(whole, STEPS)
+    expected[-1].pop("labels"), expected[-1].pop("texts")
+    again = tmp_path / "again"
+    again.mkdir()
+    for i in range(4):
+        batches = make_batches(some, process_index=i, process_count=4)
+        batches.keep_skipped(again)
+        take(batches, 20)
+    at = 15
+    for count in (2, 1):
+        every = [
+            make_batches(some, process_index=i, process_count=count)
+            for i in range(count)
+        ]
+        for batches in every:
+            batches.restore({"step": at})
+            batches.keep_skipped(again)
+            batches.close()
+        assert len([*again.iterdir()]) == count
+    _, found = take(every[0], STEPS - at)
+    found[-1].pop("labels"), found[-1].pop("texts")
+    assert found[-1] == expected[-1]
+    records = [(x["source"], x.get("index")) for x in lines(again / "skipped.jsonl")]
+    assert len({*records}) == len(records) == 1 + 2 * len(BROKEN)
+
+
 def test_what_was_mended_is_not_known_any_more(some, tmp_path):
     batches = make_batches(some)
     batches.keep_skipped(tmp_path)

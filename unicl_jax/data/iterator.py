@@ -109,7 +109,7 @@ class TrainIterator:
             self.sources, self.sampler, process_index, process_count
         )
         local = batch_size // process_count
-        self._process_index = process_index
+        self._process = process_index, process_count
         # Each source's stream and the batch itself ask for the same step's plan.
         self._plan = functools.lru_cache(8)(self.sampler.plan)
         self._rows = slice(process_index * local, (process_index + 1) * local)
@@ -148,7 +148,7 @@ class TrainIterator:
           workdir: of the run; see `skipped`.
         """
         self.close()
-        self._records.keep(workdir, self._step, self._process_index)
+        self._records.keep(workdir, self._step, *self._process)
 
     def skipped(self, step: int | None = None) -> dict[str, float]:
         """What this process skipped in the run up to a step; see `skipped`.

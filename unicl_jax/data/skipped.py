@@ -58,7 +58,11 @@ class SkippedRecords:
                 self._check_damage(source, damage, most)
 
     def keep(
-        self, workdir: str | Path, step: int, process_index: int = 0
+        self,
+        workdir: str | Path,
+        step: int,
+        process_index: int = 0,
+        process_count: int = 1,
     ) -> "SkippedRecords":
         """Goes on with the file of an earlier start, or begins one.
 
@@ -66,21 +70,28 @@ class SkippedRecords:
           workdir: of the run.
           step: updates made; lines of later ones are dropped: they will be met again.
           process_index: of this process.
+          process_count: of all; files of processes that are no more are taken over.
 
         Returns:
           Itself.
         """
         self.close()
-        name = f"skipped-{process_index:05d}" if process_index else "skipped"
-        self._path = Path(workdir) / f"{name}.jsonl"
+        self._path = _file_of(Path(workdir), process_index)
+        numbers = {int(f.stem[8:]) for f in Path(workdir).glob("skipped-*[0-9].jsonl")}
+        left = sorted(n for n in numbers if n >= process_count)
+        mine = [n for n in left if n % process_count == process_index]
+        others = [_file_of(Path(workdir), number) for number in mine]
         lines = [] if process_index else self._damage_lines()
-        if self._path.exists():
+        found = [path for path in (self._path, *others) if path.exists()]
+        if found:
             partial = self._path.with_suffix(".new")
-            with partial.open("w") as new, self._path.open(errors="replace") as old:
-                for line in old:
-                    if self._is_kept(line, step):
-                        new.write(line)
+            with partial.open("w") as new:
+                for path in found:
+                    with path.open(errors="replace") as old:
+                        new.writelines(x for x in old if self._is_kept(x, step))
             partial.replace(self._path)
+        for path in others:
+            path.unlink()
         self._write(lines)
         return self
 
@@ -153,10 +164,11 @@ class SkippedRecords:
             return False  # a line that a kill cut off, or what indexing left out then
         for place, known in enumerate(self._sources):
             if known.name == source and hasattr(known, "place"):
-                self.counts[source][reason] += 1
                 is_there = type(index) is int and 0 <= index < len(known)
                 if is_there and known.place(index).items() <= found.items():
-                    self._mark(place, index)
+                    if not self._mark(place, index):
+                        return False  # two processes met it
+                self.counts[source][reason] += 1
         return True
 
     def _damage_lines(self) -> Iterator[dict[str, Any]]:
@@ -203,6 +215,10 @@ class SkippedRecords:
             named = [" ".join([each.place, *each.first[:1]]) for each in found[:_NAMED]]
             counts.append((reason, count, named))
         raise _too_many(source, most, damage.lost, total, counts, None)
+
+
+def _file_of(workdir: Path, process: int) -> Path:
+    return workdir / (f"skipped-{process:05d}.jsonl" if process else "skipped.jsonl")
 
 
 def _too_many(source, most, count, total, counts, path) -> InputError:
