@@ -320,6 +320,31 @@ def test_an_error_of_a_source_reaches_the_caller_after_the_good_batches(opened):
     assert len(readers()) == before
 
 
+class WatchedSource(ArraySource):
+    """Knows whether what it opened for its stream is closed."""
+
+    is_open = False
+
+    def stream(self, requests):
+        self.is_open = True
+        try:
+            yield from super().stream(requests)
+        finally:
+            self.is_open = False
+
+
+def test_an_error_ends_the_streams_of_all_sources_although_it_is_kept(opened):
+    sources = broken_sources()
+    sources[2] = WatchedSource("captions", pictures(40, 2), texts=CAPTIONS)
+    iterator = opened(sources)
+    for _ in range(3):
+        next(iterator)
+    assert sources[2].is_open
+    with pytest.raises(OSError) as kept:
+        next(iterator)
+    assert not sources[2].is_open and kept.value.__traceback__
+
+
 @pytest.mark.parametrize("taken", [0, 1, 4])
 def test_close_leaves_no_thread(taken, opened):
     before = len(readers())

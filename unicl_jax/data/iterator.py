@@ -237,15 +237,20 @@ class TrainIterator:
 
         streams = [s.stream(requests(i)) for i, s in enumerate(self.sources)]
         step = first
-        while True:
-            plan = self._local(step)
-            parts = [next(stream) for stream in streams]
-            for s, rows in enumerate(parts):
-                self._records.add(s, step + 1, rows)
-            self._skipped[step + 1] = self._records.scalars()
-            self._skipped.pop(step + 1 - KEPT, None)
-            yield self._assemble(step, plan, parts)
-            step += 1
+        try:
+            while True:
+                plan = self._local(step)
+                parts = [next(stream) for stream in streams]
+                for s, rows in enumerate(parts):
+                    self._records.add(s, step + 1, rows)
+                self._skipped[step + 1] = self._records.scalars()
+                self._skipped.pop(step + 1 - KEPT, None)
+                yield self._assemble(step, plan, parts)
+                step += 1
+        finally:
+            # An error's traceback would keep them, and their threads, to the very end.
+            for stream in streams:
+                stream.close()
 
     def _local(self, step) -> Plan:
         return Plan(*(x[self._rows] for x in self._plan(step)))

@@ -241,7 +241,12 @@ class FileSource:
 
         threads = len(os.sched_getaffinity(0))
         dataset = dataset.map(load_chunk, num_parallel_calls=threads)
-        return dataset.prefetch(_READ_AHEAD).as_numpy_iterator()
+        options = tf.data.Options()
+        # All of it is set here; and the thread that tunes can miss that it is to end,
+        # which then takes until its next turn, up to a minute away.
+        options.autotune.enabled = False
+        dataset = dataset.prefetch(_READ_AHEAD).with_options(options)
+        return dataset.as_numpy_iterator()
 
     def _check(self, request: Request) -> Request:
         indices = np.asarray(request.indices, np.int64)
