@@ -251,6 +251,13 @@ def test_a_shard_that_is_cut_off_in_the_middle_gives_what_it_has(form, tmp_path)
     assert (found.reason, found.place) == ("rest of a damaged shard", str(path))
 
 
+def test_a_shard_that_is_cut_off_in_its_first_bytes_is_damage(tmp_path):
+    write("tfrecord", tmp_path, [good(i) for i in range(24)])
+    os.truncate(sorted(tmp_path.iterdir())[1], 5)
+    source = opened("tfrecord", tmp_path)
+    assert len(source) == 16 and source.skipped == {"rest of a damaged shard": 1}
+
+
 @pytest.mark.parametrize("form", ["tfrecord", "webdataset"])
 def test_a_shard_may_go_while_the_run_is_on(form, tmp_path):
     write(form, tmp_path, [good(i) for i in range(24)])

@@ -316,6 +316,23 @@ def test_a_tables_labels_are_names_or_numbers(pets):
     assert source.skipped == {"label is no class": 4}
 
 
+def test_a_cell_without_a_word_is_no_class(pets):
+    lines = ["file,class", "cat/9.webp,house_cat", "owl/é 猫.jpeg,_", "cat/10.gif,+"]
+    source = table(write_table(pets / "t.csv", *lines), "image_label")
+    assert source.class_names == ("house cat",) and len(source) == 1
+    assert source.skipped == {"label is no class": 2}
+
+
+def test_a_folder_or_name_without_a_word_names_its_source(pets):
+    with pytest.raises(InputError, match=r'entry 2 holds no word \("_"\); mend it'):
+        folder(pets, class_names=["a", "_", "b"])
+    (pets / "owl").rename(pets / "_")
+    with pytest.raises(
+        InputError, match='source "mine": a class folder must.* got "_"'
+    ):
+        folder(pets)
+
+
 def test_bad_rows_are_left_out_and_counted_by_reason(pets, said):
     path = write_table(
         pets / "t.csv",

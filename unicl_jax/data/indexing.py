@@ -305,7 +305,7 @@ def _scan_tfrecord(source: str, path: str) -> _Spans:
             if valid:
                 length, checksum = struct.unpack("<QI", header)
                 valid = checksum == masked_crc32c(header[:8])
-            if not valid and offset == 0:
+            if not valid and offset == 0 and len(header) == 12:
                 raise _not_a("TFRecord", source, path, header)
             if not valid or length > _MAX_RECORD_SIZE or offset + length + 16 > end:
                 _report_damage(source, path, offset, len(rows))

@@ -5,6 +5,7 @@ from importlib import resources
 
 from unicl_jax.data.prompts import clean_class_name
 from unicl_jax.data.shards import open_shard
+from unicl_jax.data.synonyms import name_key
 from unicl_jax.errors import InputError
 
 # Names that ship with the package: TFDS, for one, knows ImageNet's classes by id only.
@@ -84,7 +85,14 @@ def number_folders(
                 "`class_names`, or make it a mapping from folder to name."
             )
     else:
-        names = tuple(clean_class_name(folder) for folder in folders)
+        for folder in folders:
+            if not _key(folder):
+                raise InputError(
+                    f'source "{source}": a class folder must be called as its class '
+                    f'is: got "{folder}", which holds no word; rename it, or set '
+                    "`class_names` to a mapping from folder to name."
+                )
+        names = tuple(map(clean_class_name, folders))
     return names, list(range(len(folders)))
 
 
@@ -120,7 +128,8 @@ def number_cells(
                 f"class_names: got {_some(cells)} and no class_names; set `class_names`"
                 " to a list or a text file with one name a line."
             )
-        names = tuple(dict.fromkeys(clean_class_name(cell) for cell in cells))
+        words = [cell for cell in cells if _key(cell)]
+        names = tuple(dict.fromkeys(map(clean_class_name, words)))
     by_name = {_key(name): i for i, name in reversed([*enumerate(names)])}
     label = {}
     for cell, number in integers.items():
@@ -136,7 +145,7 @@ def number_cells(
 
 def _key(name: str) -> str:
     try:
-        return clean_class_name(name).lower()  # as the concept table compares them
+        return name_key(name)  # as the concept table compares them
     except InputError:  # nothing of it is a word: a cell like that is no class
         return ""
 
@@ -169,11 +178,13 @@ def _load(source: str, value) -> tuple[str, ...] | dict[str, str]:
         names = list(value.values())
     else:
         value = names = tuple(str(name).strip() for name in value)
-    if "" in names:
-        raise InputError(
-            f'source "{source}": class_names must not be empty: {where} '
-            f"{names.index('') + 1} is empty; mend it."
-        )
+    for number, name in enumerate(names, 1):
+        if not _key(name):
+            found = f'holds no word ("{name}")' if name else "is empty"
+            raise InputError(
+                f'source "{source}": class_names must not be empty: {where} {number} '
+                f"{found}; mend it."
+            )
     return value
 
 
