@@ -416,13 +416,21 @@ def test_another_config_is_refused_and_exactly_the_differences_are_named(tmp_pat
         "batch_size",
         "data.sources.alt.format",
         "data.sources.alt.kind",
-        "data.sources.alt.path",
         "model.image.depths",
         "optimizer.b2",
     ]
     assert "batch_size: the run has 16, now 32" in message
     assert "name another directory" in message
     assert (workdir / "config.json").read_text() == before
+
+
+def test_files_may_move_and_be_read_otherwise_between_two_starts(tmp_path):
+    workdir, config = start(tmp_path), good()
+    config.data.sources.shoes.path = "moved.npz"
+    config.data.sources.shoes.index_cache = "here"
+    prepare_workdir(workdir, config, write=True)
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["data"]["sources"]["shoes"]["path"] == "moved.npz"
 
 
 def test_a_run_that_has_learnt_nothing_yet_takes_another_config(tmp_path):

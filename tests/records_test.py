@@ -76,7 +76,7 @@ def test_files_may_move_but_not_come_or_be_called_otherwise(tmp_path):
     assert opened(tmp_path / "b").fingerprint() != before
 
 
-def test_arrays_are_known_by_their_labels_or_texts():
+def test_arrays_are_known_by_all_that_they_hold():
     images = np.zeros((3, 8, 8, 3), np.uint8)
     options = [
         dict(labels=np.array([0, 1, 1]), class_names=("cat", "dog")),
@@ -85,4 +85,5 @@ def test_arrays_are_known_by_their_labels_or_texts():
         dict(texts=["a", "b", ("c", "d")]),
     ]
     marks = [ArraySource("made", images, **each).fingerprint() for each in options]
-    assert len({*marks}) == 4
+    marks.append(ArraySource("made", images + 1, **options[0]).fingerprint())
+    assert len({*marks}) == 5

@@ -21,8 +21,12 @@ FREE = (
 )
 CAPTION_IDENTITIES = ("row", "text")
 MAX_PIXELS = 178_956_970  # of an image: Pillow's limit, 2^29 / 3
-# And these, in any section: they say when a run stops, not what it learns.
-FREE_FIELDS = ("max_skipped", "max_skips_in_a_row")
+# And these, in any section: they say when a run stops, where its files lie (the records
+# tell whether they are the same) and how they are read.
+FREE_FIELDS = (
+    *("max_skipped", "max_skips_in_a_row"),
+    *("path", "root", "index_cache", "in_blocks"),
+)
 # Of `model`'s parameters, those that can be frozen.
 PARTS = ("image", "text", "image_projection", "text_projection", "logit_scale")
 

@@ -105,8 +105,8 @@ class ArraySource:
         return len(self.images)
 
     def fingerprint(self) -> str:
-        """See `records.Source`; the images' own pixels are not looked at."""
-        return hash_of(self.labels, repr(self.texts).encode())
+        """See `records.Source`."""
+        return hash_of(self.images, self.labels, repr(self.texts).encode())
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Rows]:
         """Yields the rows of each request; see `records.Source`."""
