@@ -28,6 +28,7 @@ from unicl_jax.data import prepared
 from unicl_jax.data.prepare_plan import NOT_OF_RECORDS, Options
 from unicl_jax.data.preparing import prepare
 from unicl_jax.data.shard_writer import list_folder
+from unicl_jax.data.shards import cores
 from unicl_jax.errors import InputError, choose, did_you_mean
 from unicl_jax.metrics import clock
 from unicl_jax.recipe import literal, read_recipe, set_field
@@ -101,7 +102,7 @@ def _parse(argv):
         help="decode every image and leave out what is broken; default: do",
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="threads; default: cores"
+        "--workers", type=int, default=cores(), help="threads; default: cores"
     )
     parser.add_argument(
         "--verify", action="store_true", help="compare all bytes with the manifests"

@@ -3,11 +3,10 @@
 import numpy as np
 
 from unicl_jax import data
-from unicl_jax.checks.records import cores
 from unicl_jax.checks.report import Section, some, two_digits
 from unicl_jax.checks.setting import Setting
 from unicl_jax.checks.texts import class_counts
-from unicl_jax.data.shards import is_remote
+from unicl_jax.data.shards import cores, is_remote
 
 MANY_EPOCHS = 50  # of captions; the paper's longest run sees each of GCC's 43 times
 

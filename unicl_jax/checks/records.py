@@ -188,13 +188,6 @@ def spread(length: int, count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _seconds(source, indices) -> list[float]:
     some_of = indices[:: max(1, len(indices) // TIMED)][:TIMED]
     source.why_unreadable(some_of[0])  # the first one waits for more than its bytes

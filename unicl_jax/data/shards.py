@@ -18,6 +18,13 @@ _MAX_OPEN_FILES = 256  # below the common limit of 1024 a process
 BLOCK = 4 << 20  # bytes; a whole number of MiB, which GCS reads are told in
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def is_remote(path: str) -> bool:
     """Returns whether `path` needs tf.io.gfile (gs:// and its like)."""
     return "://" in path

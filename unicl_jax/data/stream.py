@@ -1,7 +1,6 @@
 """From requests to rows in one tf.data pipeline, with a stand-in for what is broken."""
 
 import collections
-import os
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -13,7 +12,7 @@ from unicl_jax.data.preprocess import make_preprocess
 from unicl_jax.data.probe import check_records
 from unicl_jax.data.readers import LostShard, Unreadable, check_target
 from unicl_jax.data.records import NO_LABEL, Request, Rows, Skip
-from unicl_jax.data.shards import BLOCK, is_remote
+from unicl_jax.data.shards import BLOCK, cores, is_remote
 from unicl_jax.data.tensorflow import import_tensorflow
 from unicl_jax.errors import InputError
 
@@ -239,8 +238,7 @@ class FileSource:
         def load_chunk(*chunk):
             return tf.numpy_function(load, chunk, [tf.int64, tf.bool], stateful=False)
 
-        threads = len(os.sched_getaffinity(0))
-        dataset = dataset.map(load_chunk, num_parallel_calls=threads)
+        dataset = dataset.map(load_chunk, num_parallel_calls=cores())
         options = tf.data.Options()
         # All of it is set here; and the thread that tunes can miss that it is to end,
         # which then takes until its next turn, up to a minute away.
