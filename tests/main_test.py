@@ -192,7 +192,7 @@ def test_the_command_trains_without_tensorflow_and_says_what_came_of_it(uninterr
     assert re.search(r"fashion .* 10 ", out)  # the table: ten ways
     assert "curves.png" in out
     expected = ["checkpoints", "concepts.json", "config.json", "curves.png"]
-    expected += ["metrics.jsonl", "predictions.png", "tensorboard"]
+    expected += ["metrics.jsonl", "predictions.png", "records.json", "tensorboard"]
     assert sorted(p.name for p in workdir.iterdir()) == expected
 
 
