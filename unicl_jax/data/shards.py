@@ -247,6 +247,6 @@ class _Descriptor:
     def __init__(self, path: str):
         self.fd = os.open(path, os.O_RDONLY)
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # at Python's exit `os` may be gone before
         if hasattr(self, "fd"):
-            os.close(self.fd)
+            close(self.fd)
