@@ -55,7 +55,9 @@ def measure(options):
         }
     found = {
         "date": datetime.date.today().isoformat(),
-        "command": harness.command("benchmarks.data"),
+        "command": harness.command("benchmarks.data").replace(
+            str(options.folder), "FOLDER"
+        ),
         "machine": machine,
         "versions": harness.versions(*LIBRARIES),
         "batch_size": options.batch_size,
