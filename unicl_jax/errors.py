@@ -44,3 +44,9 @@ def choose(menu: dict, name: str, what: str):
     if name not in menu:
         raise InputError(f'{what}: got "{name}"; {did_you_mean(name, menu)}')
     return menu[name]
+
+
+def nearest_multiples(number: int, unit: int) -> str:
+    """The multiples of `unit` around a number, as in "960 and 1024"; 0 is none."""
+    below = number // unit * unit
+    return " and ".join(str(n) for n in (below, below + unit) if n)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from unicl_jax.errors import InputError
+from unicl_jax.errors import InputError, nearest_multiples
 
 LEAST, MOST = (
     1e-3,
@@ -171,10 +171,8 @@ def check_mix(config: Mapping, num_devices: int) -> None:
         )
     batch, unit = config["batch_size"], 2 * num_devices
     if batch % unit:
-        below, above = batch // unit * unit, (batch // unit + 1) * unit
-        nearest = " and ".join(str(n) for n in (below, above) if n)
         raise InputError(
             "batch_size must be divisible by twice the number of devices where images "
             f"are mixed, two of a device at a time: got {batch} for {num_devices} "
-            f"devices; nearest are {nearest}."
+            f"devices; nearest are {nearest_multiples(batch, unit)}."
         )

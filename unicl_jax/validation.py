@@ -14,7 +14,7 @@ from unicl_jax.config import (
     default,
     flatten,
 )
-from unicl_jax.errors import InputError, choose, did_you_mean
+from unicl_jax.errors import InputError, choose, did_you_mean, nearest_multiples
 from unicl_jax.mix import check_mix
 
 
@@ -91,11 +91,10 @@ def _check_counts(config):
 def _check_batch(config, num_devices):
     batch, unit = config.batch_size, num_devices
     if batch % unit:
-        below, above = batch // unit * unit, (batch // unit + 1) * unit
-        nearest = " and ".join(str(n) for n in (below, above) if n)
         raise InputError(
             "batch_size must be divisible by the number of devices: got "
-            f"{batch} for {num_devices} devices; nearest are {nearest}."
+            f"{batch} for {num_devices} devices; nearest are "
+            f"{nearest_multiples(batch, unit)}."
         )
     if batch < 2:
         raise InputError(
