@@ -137,6 +137,17 @@ class StepTimer:
         return scalars
 
 
+def live_line(console: Console) -> Progress:
+    """A line of a terminal: how much is done, a bar, and a task's `text`."""
+    return Progress(
+        TextColumn("{task.completed}/{task.total}"),  # 80 columns are few
+        BarColumn(bar_width=10),
+        TextColumn("{task.fields[text]}"),
+        console=console,
+        transient=True,
+    )
+
+
 class ConsoleProgress:
     """One live line on a terminal; elsewhere a plain line now and then.
 
@@ -156,13 +167,7 @@ class ConsoleProgress:
         self._every = max(1, total_steps // 20)
         self._live = None
         if self.console.is_terminal and active:
-            self._live = Progress(
-                TextColumn("{task.completed}/{task.total}"),
-                BarColumn(bar_width=10),
-                TextColumn("{task.fields[text]}"),
-                console=self.console,
-                transient=True,
-            )
+            self._live = live_line(self.console)
             self._task = self._live.add_task("", total=total_steps, text="starting")
             self._live.update(self._task, completed=first_step)
             self._live.start()

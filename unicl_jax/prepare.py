@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from unicl_jax.data import prepared
 from unicl_jax.data.prepare_plan import NOT_OF_RECORDS, Options
@@ -30,7 +29,7 @@ from unicl_jax.data.preparing import prepare
 from unicl_jax.data.shard_writer import list_folder
 from unicl_jax.data.shards import cores
 from unicl_jax.errors import InputError, choose, did_you_mean
-from unicl_jax.metrics import clock
+from unicl_jax.metrics import clock, live_line
 from unicl_jax.recipe import literal, read_recipe, set_field
 from unicl_jax.validation import SOURCE_FIELDS, check_source
 
@@ -263,13 +262,7 @@ class _Line:
 
     def _open(self, total):
         if self._console.is_terminal:
-            self._live = Progress(
-                TextColumn("{task.completed:,}/{task.total:,}"),
-                BarColumn(bar_width=10),
-                TextColumn("{task.fields[text]}"),
-                console=self._console,
-                transient=True,
-            )
+            self._live = live_line(self._console)
             self._task = self._live.add_task("", total=total, text="starting")
             self._live.start()
 
