@@ -18,6 +18,7 @@ FREE = (
     "checkpoint_every_steps",
     "checkpoints_kept",
     "evaluations",
+    "mesh",
 )
 CAPTION_IDENTITIES = ("row", "text")
 MAX_PIXELS = 178_956_970  # of an image: Pillow's limit, 2^29 / 3
@@ -57,6 +58,11 @@ def default() -> ConfigDict:
     c.model.logit_scale_max = placeholder(float)  # cap of theta; None: no cap
     c.model.normalization = "imagenet"  # or "clip": of pixels, for CLIP's weights
     c.model.dtype = "float32"  # or "bfloat16": of the towers' arithmetic
+
+    c.mesh = ConfigDict()  # devices along each axis; see sharding.py
+    c.mesh.data = placeholder(int)  # None: what the others leave
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
 
     c.data = ConfigDict()
     c.data.sources = ConfigDict()  # by name; see docs/data.md

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from unicl_jax import sharding
 from unicl_jax.encoders import TwoTower
 from unicl_jax.losses import NO_LABEL
 from unicl_jax.objectives import Forward, Objective, positives
@@ -60,6 +62,7 @@ def make_train_step(
     frozen: tuple[str, ...] = (),
     caption_identity: str = "row",
     mix: Callable | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable:
     """Builds the train step: augment, embed, compare, update.
 
@@ -76,6 +79,7 @@ def make_train_step(
         "text": equal captions are positives of each other.
       mix: (key, normalised images) -> Mixture, as `mix.make_mix` builds it; None:
         images stay whole.
+      mesh: the devices, over which parameters may be divided; None: they are not.
 
     Returns:
       `train_step(state, batch, step) -> (state, metrics)`. `batch` holds `image`
@@ -93,7 +97,7 @@ def make_train_step(
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
 
         def loss_fn(learning):
-            params = {**state.params, **learning}
+            params = sharding.gathered(mesh, {**state.params, **learning})
             forward = Forward(
                 model,
                 params,

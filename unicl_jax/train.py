@@ -20,12 +20,10 @@ from unicl_jax import (
     validation,
 )
 from unicl_jax.analysis import end_of_run
-from unicl_jax.augment import make_views
 from unicl_jax.checkpoint import Checkpoints, NotSaved
 from unicl_jax.metrics import ConsoleProgress, Metrics, StepTimer
-from unicl_jax.mix import make_mix
 from unicl_jax.optimizer import make_optimizer
-from unicl_jax.step import init_state, make_train_step
+from unicl_jax.program import make_program
 from unicl_jax.workdir import has_saved, keep_concepts, keep_records, prepare_workdir
 
 
@@ -68,7 +66,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     if "text" in objectives.OBJECTIVES[config.objective].unused:
         text_length = "full"  # one shape: each is a program to compile, for nothing
     slots = data.make_text_length(text_length, text)
-    optimizer, schedule = make_optimizer(config.optimizer, config.total_steps)
+    make_optimizer(config.optimizer, config.total_steps)  # refuses what it cannot make
     workdir = prepare_workdir(workdir, config, write=is_first)
     starts = []
     if not has_saved(workdir):
@@ -76,7 +74,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     # 2. Data: this process's rows of every batch, and the sets to be scored on.
     config = data.with_made_up_records(config, workdir)
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(config.mesh)
     image_size = config.model.image.image_size
     tokenize = data.Tokenizer(text["context_length"], text["vocab_size"])
     batches = data.make_train_iterator(
@@ -87,18 +85,15 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         tokenize,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        local_devices=jax.local_device_count(),
+        local_devices=jax.local_device_count() // config.mesh.tensor,
     )
     concepts = batches.concepts
     keep_concepts(workdir, concepts, write=is_first)
     found = {s.name: (len(s), s.fingerprint()) for s in batches.sources}
     others_now = keep_records(workdir, found, write=is_first)
-    objective = objectives.make_objective(
-        config.objective, model, mesh, num_concepts=len(concepts.names)
-    )
-    normalization = config.model.normalization
+    program = make_program(config, model, mesh, len(concepts.names))
     compiled_encoders = evaluation.make_encoders(
-        model, mesh, objective, concepts.index, normalization
+        model, mesh, program.objective, concepts.index, config.model.normalization
     )
 
     def prompt_tokens(texts):
@@ -117,37 +112,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         if task.path  # "" until it is set on the command line, say
     ]
 
-    # 3. The step: one compiled function that takes the state and gives it back changed.
-    whole, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
-    train_step = jax.jit(
-        make_train_step(
-            model,
-            objective,
-            optimizer,
-            schedule,
-            make_views(
-                config.augment,
-                config.strong_augment,
-                views=config.views,
-                image_size=image_size,
-                normalization=normalization,
-            ),
-            seed=config.seed,
-            frozen=config.frozen,
-            caption_identity=config.data.caption_identity,
-            mix=make_mix(config.mix),
-        ),
-        in_shardings=(whole, rows, None),
-        out_shardings=(whole, whole),
-        donate_argnums=0,
-    )
-
-    # 4. State: made on the devices it lives on, or read from the newest checkpoint.
-    make_state = jax.jit(
-        lambda: init_state(model, objective, optimizer, config.seed, config.frozen),
-        out_shardings=whole,
-    )
-    state = make_state()
+    # 3. State: made on the devices it lives on, or read from the newest checkpoint.
+    state = program.init()
     checkpoints = Checkpoints(workdir, config.checkpoints_kept)
     if checkpoints.latest_step() is not None:
         state, data_state = checkpoints.restore(state)
@@ -159,7 +125,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         started_from.append(said)
     first_step = int(state.step)
 
-    # 5. The loop. Step n is dispatched, then step n - 1 is written: the host's work
+    # 4. The loop. Step n is dispatched, then step n - 1 is written: the host's work
     #    hides behind the device's.
     metrics = Metrics(workdir, first_step, active=is_first)
     progress = ConsoleProgress(config.total_steps, first_step, active=is_first)
@@ -231,7 +197,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 pending = None
                 progress.status("compiling")
             start = time.perf_counter()
-            state, scalars = train_step(state, batch, np.int32(step - 1))
+            state, scalars = program.train_step(state, batch, np.int32(step - 1))
             if is_new:
                 jax.block_until_ready(scalars)
                 said = f"compiled in {time.perf_counter() - start:.1f} s"
@@ -255,7 +221,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 timer.restart(step)
             if stopping:
                 raise Stopped(f"stopped at step {step}, saved.", stopping)
-        # 6. The end: the last evaluation, a table and two pictures.
+        # 5. The end: the last evaluation, a table and two pictures.
         evaluate(config.total_steps)
         progress.close()
         if is_first:

@@ -16,6 +16,7 @@ from unicl_jax.config import (
 )
 from unicl_jax.errors import InputError, choose, did_you_mean, nearest_multiples
 from unicl_jax.mix import check_mix
+from unicl_jax.sharding import mesh_sizes
 
 
 def validate(config: ConfigDict, num_devices: int, num_processes: int = 1) -> None:
@@ -50,7 +51,7 @@ def problems(
     for check in (
         _check_fields,
         _check_counts,
-        lambda config: _check_batch(config, num_devices),
+        lambda config: _check_batch(config, num_devices, num_processes),
         _check_optimizer,
         _check_numbers,
         _check_lanes,
@@ -88,12 +89,19 @@ def _check_counts(config):
             )
 
 
-def _check_batch(config, num_devices):
-    batch, unit = config.batch_size, num_devices
+def _check_batch(config, num_devices, num_processes):
+    sizes = mesh_sizes(config.mesh, num_devices)
+    batch, unit = config.batch_size, sizes["data"] * sizes["fsdp"]
+    if num_devices // num_processes % sizes["tensor"]:
+        raise InputError(
+            "mesh.tensor must divide the devices of a process, which its rows stay on: "
+            f"got {sizes['tensor']} for {num_devices // num_processes}."
+        )
     if batch % unit:
         raise InputError(
-            "batch_size must be divisible by the number of devices: got "
-            f"{batch} for {num_devices} devices; nearest are "
+            "batch_size must be divisible by the number of devices"
+            f"{'' if unit == num_devices else ' along mesh.data and mesh.fsdp'}: got "
+            f"{batch} for {unit} devices; nearest are "
             f"{nearest_multiples(batch, unit)}."
         )
     if batch < 2:
@@ -377,4 +385,4 @@ SOURCE_FIELDS = {
     "csv": (*_OF_FILES, "fields", "root", "delimiter", "label_offset"),
     "prepared": (*_OF_IMAGES, "in_blocks"),
 }
-SECTIONS = ("model", "data", "augment", "strong_augment", "mix", "optimizer")
+SECTIONS = ("model", "mesh", "data", "augment", "strong_augment", "mix", "optimizer")

@@ -70,20 +70,22 @@ def make_encoders(
     """
 
     def image(params, state, images):
+        params = sharding.gathered(mesh, params)
         images = normalize(images, normalization)
         if objective is not None and objective.encode_image is not None:
             return objective.encode_image(params, state, images)
         return model.encode_image(params, state, images)[0]
 
     def text(params, state, tokens):
+        params = sharding.gathered(mesh, params)
         return model.encode_text(params, state, tokens)[0]
 
     whole, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
-    layout = dict(in_shardings=(whole, whole, rows), out_shardings=whole)
+    layout = dict(in_shardings=(None, None, rows), out_shardings=whole)
     encoders = Encoders(jax.jit(image, **layout), jax.jit(text, **layout), mesh)
     if objective is None or objective.concepts is None:
         return encoders
-    of_concepts = jax.jit(objective.concepts, in_shardings=(whole,))
+    of_concepts = jax.jit(objective.concepts, out_shardings=whole)
     return encoders._replace(concepts=of_concepts, index=concepts)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from unicl_jax import losses
+from unicl_jax import losses, sharding
 from unicl_jax.config import PARTS
 from unicl_jax.encoders import TwoTower
 from unicl_jax.errors import InputError, choose
@@ -97,7 +97,9 @@ def make_objective(
     """
 
     def over(loss):
-        return loss if mesh is None else losses.sharded(loss, mesh)
+        if mesh is None:
+            return loss
+        return losses.sharded(loss, mesh, sharding.batch_axes(mesh))
 
     entry = choose(OBJECTIVES, name, "objective")
     return entry.make(over, model, num_concepts)._replace(unused=entry.unused)
