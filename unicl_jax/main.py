@@ -16,9 +16,18 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from unicl_jax import host_memory, sharding, train
+from unicl_jax import host_memory, processes, train
 from unicl_jax.checkpoint import NotSaved
+from unicl_jax.config import flatten
 from unicl_jax.errors import InputError
+from unicl_jax.exit_codes import (
+    BAD_INPUT,
+    FAILED,
+    LOST,
+    NON_FINITE,
+    NOT_SAVED,
+    STOPPED_BY_SIGNAL,
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe.", lock_config=True
@@ -29,8 +38,13 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With the above.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With the above.")
-
-FAILED, BAD_INPUT, NON_FINITE, NOT_SAVED, STOPPED_BY_SIGNAL = 1, 2, 3, 4, 128
+_START_TIMEOUT = flags.DEFINE_float(
+    "start_timeout", 300.0, "Seconds until a process that has not come is named."
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_float(
+    "heartbeat_timeout", 100.0, "Seconds until a host that says nothing is given up."
+)
+_why = ""  # the last error, for the other processes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,12 +55,19 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
       The exit code: 0; 2 for wrong input, 3 for a non-finite loss, 4 for a checkpoint
-      that could not be written, 128 + the signal's number when stopped by one.
+      that could not be written, 6 for a process that is missing, 128 + the signal's
+      number when stopped by one; see `exit_codes`.
     """
     try:
         parse(argv)
-        sharding.start_processes(
+        place = processes.find_place(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+        )
+        processes.start(
+            place,
+            flatten(_CONFIG.value),
+            _START_TIMEOUT.value,
+            _HEARTBEAT_TIMEOUT.value,
         )
         train.run(_CONFIG.value, _WORKDIR.value)
     except InputError as error:
@@ -55,16 +76,18 @@ def main(argv: Sequence[str]) -> int:
         return _say(f"error: {error}", NON_FINITE)
     except NotSaved as error:
         return _say(f"error: {error}", NOT_SAVED)
+    except processes.Missing as error:
+        return _say(f"error: {error}", LOST)
     except KeyboardInterrupt:  # before the loop, which saves first
         return _say("stopped before the first step.", STOPPED_BY_SIGNAL + 2)
     except train.Stopped as stopped:
         code = STOPPED_BY_SIGNAL + stopped.signal
         return _say(f"{stopped} The same command goes on from there.", code)
-    except Exception:
+    except Exception as error:
         if not jax.distributed.is_initialized():
             raise
         traceback.print_exc()
-        return FAILED
+        return _say(f"error: {type(error).__name__}: {error}", FAILED)
     return 0
 
 
@@ -72,11 +95,12 @@ def leave(code: int) -> None:
     """Ends this process, at once if it has failed among several.
 
     Python's own end waits for the other processes, which wait for this one: minutes,
-    in which nobody learns why. They end when they lose it.
+    in which nobody learns why. They are told, and end too.
 
     Args:
       code: of the exit.
     """
+    code = processes.leave(code, _why)
     if 0 < code < STOPPED_BY_SIGNAL and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -85,6 +109,8 @@ def leave(code: int) -> None:
 
 
 def _say(message, code):
+    global _why
+    _why = message.removeprefix("error: ")
     print(message, file=sys.stderr)
     return code
 

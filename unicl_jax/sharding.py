@@ -10,7 +10,6 @@ Axes of the mesh:
 """
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -208,41 +207,3 @@ def global_batch(mesh: Mesh, local: Mapping[str, Any]) -> dict[str, Any]:
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, x), dict(local)
     )
-
-
-# Any of these says that a cluster will tell who we are, with no flags.
-_CLUSTER_VARIABLES = ("SLURM_NTASKS", "TPU_WORKER_HOSTNAMES", "OMPI_COMM_WORLD_SIZE")
-
-
-def start_processes(
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-) -> None:
-    """Joins the run's processes; must come before any use of a device.
-
-    Args:
-      coordinator_address: "host:port" of process 0; None where a cluster (Cloud TPU,
-        SLURM, Open MPI) tells it, or for a single process.
-      num_processes: of the run; with `coordinator_address`.
-      process_id: of this one; with `coordinator_address`.
-
-    Raises:
-      InputError: if only some of the three are given.
-    """
-    given = [coordinator_address, num_processes, process_id]
-    if any(x is not None for x in given):
-        if any(x is None for x in given):
-            raise InputError(
-                "--coordinator_address, --num_processes and --process_id must be given "
-                f"together: got {given}."
-            )
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
-    elif _in_cluster():
-        jax.distributed.initialize()
-
-
-def _in_cluster() -> bool:
-    """Whether to let jax find the others: off-cluster it raises instead."""
-    several = [v for v in map(os.environ.get, _CLUSTER_VARIABLES) if v]
-    return any(value not in ("1", "localhost") for value in several)

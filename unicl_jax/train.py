@@ -16,6 +16,7 @@ from unicl_jax import (
     evaluation,
     init_from,
     objectives,
+    processes,
     sharding,
     validation,
 )
@@ -91,6 +92,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     keep_concepts(workdir, concepts, write=is_first)
     found = {s.name: (len(s), s.fingerprint()) for s in batches.sources}
     others_now = keep_records(workdir, found, write=is_first)
+    processes.agree(found, workdir)
     program = make_program(config, model, mesh, len(concepts.names))
     compiled_encoders = evaluation.make_encoders(
         model, mesh, program.objective, concepts.index, config.model.normalization
