@@ -86,6 +86,7 @@ def found(environ, gpus=0, metadata=None):
         # SLURM: a process a GPU, all GPUs of the node in sight; or given its own.
         (SLURM, 8, None, (f"gpu007:{PORT}", 32, 11, (3,))),
         (SLURM, 1, None, (f"gpu007:{PORT}", 32, 11, None)),
+        (SLURM, 2, None, (f"gpu007:{PORT}", 32, 11, None)),
         (SLURM, 0, None, (f"gpu007:{PORT}", 32, 11, None)),
         # A process a node takes all of its GPUs (jax alone would take the first).
         (ONE_A_NODE, 8, None, (f"gpu007:{PORT}", 4, 1, None)),

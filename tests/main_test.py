@@ -302,6 +302,7 @@ def test_two_processes_train_as_one_with_the_same_devices(folder):
 @pytest.mark.parametrize(
     ("several", "code", "at_once"),
     [(False, 2, False), (True, 0, False), (True, 1, True), (True, 2, True)]
+    + [(True, 128 + signal.SIGINT, True)]
     + [(True, 128 + signal.SIGTERM, False)],  # all stop at one step, after saving
 )
 def test_one_that_fails_among_several_processes_does_not_wait_for_them(

@@ -7,6 +7,7 @@ colon (`configs/swin_tiny.py:debug`); `--config.batch_size=512` overrides a fiel
 import ast
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -101,7 +102,8 @@ def leave(code: int) -> None:
       code: of the exit.
     """
     code = processes.leave(code, _why)
-    if 0 < code < STOPPED_BY_SIGNAL and jax.distributed.is_initialized():
+    together = code in (0, STOPPED_BY_SIGNAL + signal.SIGTERM)
+    if not together and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
