@@ -248,15 +248,14 @@ try:
     place = processes.find_place(address, count, index)
     processes.start(place, config, 30.0, 10.0)
     processes.agree(records, workdir)
-    train()
-    code, why = 0, ""
+    code, why = train() or 0, ""
 except InputError as error:
     code, why = 2, str(error)
 except OSError as error:
     code, why = 1, str(error)
 print(why, file=sys.stderr)
 code = processes.leave(code, why)
-os._exit(code) if code else None
+os._exit(code) if 0 < code < 128 else sys.exit(code)
 """
 
 
@@ -353,3 +352,21 @@ def test_a_killed_one_is_named_and_the_rest_ask_to_be_started_again(tmp_path):
     codes, said = run(tmp_path, 2, patch)
     assert codes == [exit_codes.LOST, -signal.SIGKILL], said
     assert "error: process 1 (" in said[0] and "was lost" in said[0]
+
+
+def test_a_preemption_of_one_ends_all_together_and_in_silence(tmp_path):
+    patch = """
+        def train():
+            from jax.experimental import multihost_utils
+            multihost_utils.sync_global_devices("both train")
+            if index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            for step in range(1000):
+                multihost_utils.sync_global_devices("a step")
+                if multihost_utils.reached_preemption_sync_point(step):
+                    return 143
+                time.sleep(0.05)
+        """
+    codes, said = run(tmp_path, 2, patch)
+    assert codes == [143] * 2, said
+    assert not any("error:" in err or "lost" in err for err in said), said
