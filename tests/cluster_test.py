@@ -2,8 +2,9 @@
 
 import pytest
 
-from unicl_jax import cluster, processes
+from unicl_jax import processes
 from unicl_jax.errors import InputError
+from unicl_jax.processes import cluster
 
 SLURM = {
     "SLURM_JOB_ID": "5000",

@@ -15,8 +15,9 @@ import pytest
 import yaml
 from absl import flags
 
-from unicl_jax import cluster, exit_codes
+from unicl_jax import exit_codes
 from unicl_jax import main as _main  # noqa: F401  its flags
+from unicl_jax.processes import cluster
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

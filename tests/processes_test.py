@@ -9,16 +9,16 @@ import sys
 import textwrap
 import threading
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from unicl_jax import agreement, exit_codes
-from unicl_jax.cluster import Place
+from unicl_jax import exit_codes
 from unicl_jax.errors import InputError
-from unicl_jax.line import Line
-from unicl_jax.roll_call import First, Missing, Other
+from unicl_jax.processes import agreement
+from unicl_jax.processes.cluster import Place
+from unicl_jax.processes.line import Line
+from unicl_jax.processes.roll_call import First, Missing, Other
 
 ROOT = Path(__file__).parents[1]
 SAME = {"config": {"batch_size": "64"}}
@@ -35,9 +35,13 @@ def free_port():
 
 @pytest.fixture
 def closing():
-    """Closes lines at the end."""
-    with ExitStack() as stack:
-        yield lambda line: stack.callback(line.close) and line
+    """Closes lines at the end: all as finished, or one hears that another is lost."""
+    lines = []
+    yield lambda line: lines.append(line) or line
+    for line in lines:
+        line._finished.set()
+    for line in lines:
+        line.close()
 
 
 def together(closing, facts, seconds=10.0, hosts=()):
@@ -162,7 +166,9 @@ def test_a_failure_of_one_is_told_to_all_with_its_code(closing, ends, capsys):
 @pytest.mark.parametrize("gone", [0, 1])
 def test_one_that_is_gone_is_named_at_once(gone, closing, ends, capsys, monkeypatch):
     # Process 0 waits for its own checkpoint; not here.
-    monkeypatch.setattr("unicl_jax.roll_call.patience", lambda code, usual: 0.0)
+    monkeypatch.setattr(
+        "unicl_jax.processes.roll_call.patience", lambda code, usual: 0.0
+    )
     lines, _ = together(closing, {0: SAME, 1: SAME, 2: SAME})
     line = lines[gone]
     line._finished.set()  # this end hears nothing any more
@@ -236,7 +242,8 @@ def test_exit_codes_are_those_of_the_launchers():
 
 WORKER = """
 import os, signal, sys, time
-from unicl_jax import agreement, processes
+from unicl_jax import processes
+from unicl_jax.processes import agreement
 from unicl_jax.errors import InputError
 address, count, index, workdir = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
 config, records = {"batch_size": 64}, {"pairs": (100, "aaaa")}

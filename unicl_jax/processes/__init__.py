@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 
-from unicl_jax import agreement, cluster, exit_codes
-from unicl_jax.cluster import Place
+from unicl_jax import exit_codes
 from unicl_jax.errors import InputError
-from unicl_jax.roll_call import First, Missing, Other
+from unicl_jax.processes import agreement, cluster
+from unicl_jax.processes.cluster import Place
+from unicl_jax.processes.roll_call import First, Missing, Other
 
 __all__ = ["Missing", "agree", "find_place", "leave", "start"]
 

@@ -14,10 +14,10 @@ import time
 from typing import Any
 
 from unicl_jax import exit_codes
-from unicl_jax.agreement import Facts, differences, named
-from unicl_jax.cluster import Place
 from unicl_jax.errors import InputError
-from unicl_jax.line import Line, Peer, listen, patience, say
+from unicl_jax.processes.agreement import Facts, differences, named
+from unicl_jax.processes.cluster import Place
+from unicl_jax.processes.line import Line, Peer, listen, patience, say
 
 _POLL = 0.2  # seconds between looks at whether to go on listening
 _REMIND = 30.0  # seconds between lines about who is awaited

@@ -9,8 +9,8 @@ import threading
 import time
 
 from unicl_jax import exit_codes
-from unicl_jax.cluster import Place
 from unicl_jax.errors import InputError
+from unicl_jax.processes.cluster import Place
 
 _LONGEST = 1 << 26  # bytes of a message
 # All processes come to these by themselves, at one step, and may be saving.
