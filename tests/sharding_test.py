@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from benchmarks import scaling_virtual
 from unicl_jax import config as config_lib
 from unicl_jax import encoders, sharding
 from unicl_jax.encoders import IMAGE_TOWERS, TEXT_TOWERS
@@ -250,3 +251,19 @@ def test_validation_names_the_axis(changes, devices, processes, said):
 
 def test_rows_are_counted_without_tensor():
     validate(small_config(dict(tensor=4)), 64)  # 16 rows, 16 x 4 devices
+
+
+@pytest.mark.slow
+def test_two_processes_with_fsdp_across_them_train_as_one(tmp_path):
+    """The command itself: 2 processes x 2 devices, and 1 process x 1."""
+    losses = {}
+    for processes, devices, mesh in ((1, 1, ()), (2, 2, ("fsdp=4",))):
+        workdir = tmp_path / f"{processes}"
+        flags = ["--config.batch_size=32", "--config.total_steps=8"]
+        flags += [f"--config.mesh.{axis}" for axis in mesh]
+        scaling_virtual.train(workdir, processes, devices, flags)
+        losses[processes] = scaling_virtual.read(workdir)["losses"]
+    assert len(losses[1]) == 8
+    # Sums over processes are Gloo's, in an order of their own, and AdamW makes whole
+    # steps of what is all round-off.
+    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
