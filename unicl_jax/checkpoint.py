@@ -8,10 +8,32 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from unicl_jax.errors import InputError
 from unicl_jax.step import TrainState
 from unicl_jax.workdir import has_saved
+
+
+def _write_small_arrays_whole():
+    """Has Orbax divide the writing of an array among its copies only where it is large.
+
+    By itself it has every device write a slice of what all of them hold, and compiles
+    a program for each shape and device: hundreds at the first save.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it warns of what is meant
+    try:
+        ocp.type_handlers.register_type_handler(
+            jax.Array,
+            ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**22),
+            override=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+_write_small_arrays_whole()
 
 
 class NotSaved(RuntimeError):
