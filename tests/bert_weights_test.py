@@ -233,11 +233,11 @@ def test_a_trainers_text_tower_takes_what_is_read(folder):
             "embed_dim": 4,
         }
     )
-    params, state = two.init(jax.random.key(0))
+    params, state = jax.jit(two.init)(jax.random.key(0))
     shapes = jax.tree.map(np.shape, params["text"])
     assert jax.tree.map(np.shape, found.params["text"]) == shapes
     params = {**params, "text": found.params["text"]}
-    got, _ = two.text_features(params, state, tokens()[:2, :6])
+    got, _ = jax.jit(two.text_features)(params, state, tokens()[:2, :6])
     np.testing.assert_allclose(got, features_of(model)[:2], atol=5e-6)
 
 

@@ -463,7 +463,8 @@ def test_a_checkpoint_is_as_large_as_the_state(config, tmp_path):
     from unicl_jax.objectives import make_objective
 
     objective = make_objective(config.objective, setting.model)
-    state = init_state(setting.model, objective, setting.optimizer, 0)
+    parts = setting.model, objective, setting.optimizer
+    state = jax.jit(lambda: init_state(*parts, 0))()
     real = sum(x.nbytes for x in jax.tree.leaves(state))
     assert resources.bytes_of(abstract_state(setting)) == real
 

@@ -125,6 +125,7 @@ def float64_run(official, golden):
             return value, outputs, grads
 
         value, outputs, grads = run(params)
+        grads = jax.tree.map(np.asarray, grads)
         stepped = jax.tree.map(lambda p, g: p - 0.05 * g, params, grads)
         return jax.tree.map(np.asarray, (value, outputs, grads, run(stepped)[0]))
 

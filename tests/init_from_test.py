@@ -77,11 +77,12 @@ def started(config, source, mesh):
     two = encoders.from_config(config.model)
     objective = make_objective(config.objective, two, mesh, num_concepts=3)
     optimizer, _ = make_optimizer(config.optimizer, 10)
-    make = jax.jit(
-        lambda: init_state(two, objective, optimizer, 0),
-        out_shardings=sharding.replicated(mesh),
-    )
-    before, config.init_from = make(), source
+    shapes = jax.eval_shape(lambda: init_state(two, objective, optimizer, 0))
+    rng = np.random.default_rng(1)  # compiling `init_state` takes seconds
+    state = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
+    state = state._replace(step=np.int32(0))
+    before = jax.device_put(state, sharding.replicated(mesh))
+    config.init_from = source
     after, said = before, []
     for start in init_from.read(config, two):
         after, line = init_from.apply(start, after)

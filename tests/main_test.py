@@ -235,17 +235,6 @@ def test_however_it_was_interrupted_the_run_ends_in_the_same_bits(
     assert rows(workdir) == rows(expected)
 
 
-def test_a_loss_that_is_no_number_has_an_exit_code_of_its_own(folder):
-    code, _, err = Command(
-        *(folder, "short", "non_finite"),
-        "--config.optimizer.learning_rate=1e30",
-        "--config.optimizer.warmup_steps=1",
-    ).end()
-    assert code == 3
-    assert re.search(r"^error: loss and gradients must be finite: step \d", err, re.M)
-    assert "Traceback" not in err
-
-
 # --- Several processes.
 
 
@@ -333,7 +322,7 @@ def test_an_unforeseen_error_among_several_processes_is_a_code(
             main.main([])
 
 
-# --- Mistyped, in this process: nothing of it gets as far as a device.
+# --- Mistyped, and the like: in this process.
 
 
 @pytest.fixture
@@ -438,6 +427,18 @@ def test_a_recipe_with_a_syntax_error_shows_where(command, tmp_path):
     with pytest.raises(SyntaxError) as caught:
         command(f"--config={tmp_path}/broken.py", f"--workdir={tmp_path}/run")
     assert caught.value.filename.endswith("broken.py") and caught.value.lineno == 1
+
+
+@load_module
+def test_a_loss_that_is_no_number_has_an_exit_code_of_its_own(folder, command):
+    code, err = command(
+        f"--config={folder}/short.py",
+        f"--workdir={folder}/non_finite",
+        "--config.optimizer.learning_rate=1e30",
+        "--config.optimizer.warmup_steps=1",
+    )
+    assert code == 3
+    assert re.match(r"error: loss and gradients must be finite: step \d", err[-1])
 
 
 @load_module

@@ -25,10 +25,10 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def shrunk(recipe):
     config = runpy.run_path(str(CONFIGS / recipe))["get_config"]()
-    config.batch_size, config.total_steps = 32, 2
+    config.batch_size, config.total_steps = 32, 4  # objectives_test's programs
     config.optimizer.warmup_steps = 1
     config.model.image.update(embed_dim=16, depths=(1,), num_heads=(2,), patch_size=8)
-    config.model.text.update(vocab_size=600, width=16, num_heads=2)
+    config.model.text.update(vocab_size=600, width=16, num_heads=2, num_layers=1)
     config.evaluations = {}
     return config
 
@@ -55,14 +55,15 @@ def test_a_run_embeds_as_its_towers_do(run, loaded):
     config = json.loads((run / "config.json").read_text())["model"]
     two = encoders.from_config(config)
     params, state = read_towers(run)
-    want, _ = two.encode_image(params, state, normalize(pictures()))
+    encode_image, encode_text = map(jax.jit, (two.encode_image, two.encode_text))
+    want, _ = encode_image(params, state, normalize(pictures()))
     got = loaded.encode_image(pictures())
-    # Compiled and not: float32 sums in another order.
+    # Two programs: float32 sums in another order.
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert got.dtype == np.float32 and got.shape == (3, 128)
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-6)
     texts = ["a cat", "a very long text " * 20]
-    want, _ = two.encode_text(params, state, Tokenizer(10, 600)(texts))
+    want, _ = encode_text(params, state, Tokenizer(10, 600)(texts))
     np.testing.assert_allclose(loaded.encode_text(texts), want, atol=1e-5)
     assert loaded.logit_scale == pytest.approx(np.exp(params["logit_scale"]), rel=1e-6)
     assert (loaded.image_size, loaded.embed_dim) == (32, 128)
@@ -92,9 +93,10 @@ def test_uniclips_images_are_embedded_by_its_head(tmp_path):
     params, state = read_towers(tmp_path / "run")
     two = encoders.from_config(loaded.config)
     objective = objectives.make_objective("uniclip", two)
-    want = objective.encode_image(params, state, normalize(pictures()))
+    encode = jax.jit(objective.encode_image)
+    want = encode(params, state, normalize(pictures()))
     np.testing.assert_allclose(loaded.encode_image(pictures()), want, atol=1e-5)
-    plain, _ = two.encode_image(params, state, normalize(pictures()))
+    plain, _ = jax.jit(two.encode_image)(params, state, normalize(pictures()))
     assert np.abs(want - plain).max() > 1e-2
     scale = np.exp(params["objective"]["log_scales"][1])
     assert loaded.logit_scale == pytest.approx(scale, rel=1e-6)
@@ -112,7 +114,8 @@ def test_a_run_that_taught_no_texts_is_an_image_tower(name, tmp_path):
     loaded = unicl_jax.load(tmp_path / "run")
     params, state = read_towers(tmp_path / "run")
     two = encoders.from_config({**weights.MODEL, **config.model.to_dict()})
-    want, _ = two.image_features(params, state, normalize(pictures()))
+    features = jax.jit(two.image_features)
+    want, _ = features(params, state, normalize(pictures()))
     got = loaded.encode_image(pictures(), normalize=False)
     np.testing.assert_allclose(got, want, atol=1e-5)
     with pytest.raises(InputError, match="a text tower that was taught"):

@@ -1,5 +1,6 @@
 """The objectives beside UniCL's: against their formulas written out, pair by pair."""
 
+import functools
 import itertools
 import math
 
@@ -9,20 +10,30 @@ import numpy as np
 import optax
 import pytest
 
-from unicl_jax.losses import (
-    NO_LABEL,
-    contrastive_loss,
-    cross_entropy_loss,
-    mixed_targets,
-    mp_nce_loss,
-    multitask_loss,
-    pair_logits,
-    sharded,
-    siglip_loss,
-    soft_target_loss,
-    supcon_loss,
-    unicl_loss,
-)
+from unicl_jax import losses
+from unicl_jax.losses import NO_LABEL, sharded
+
+
+def compiled(loss):
+    """One program, where JAX would compile each operation of it by itself."""
+
+    @functools.wraps(loss)
+    def run(*arrays, **options):
+        return jax.jit(functools.partial(loss, **options))(*arrays)
+
+    return run
+
+
+contrastive_loss = compiled(losses.contrastive_loss)
+cross_entropy_loss = compiled(losses.cross_entropy_loss)
+mixed_targets = compiled(losses.mixed_targets)
+mp_nce_loss = compiled(losses.mp_nce_loss)
+multitask_loss = compiled(losses.multitask_loss)
+pair_logits = compiled(losses.pair_logits)
+siglip_loss = compiled(losses.siglip_loss)
+soft_target_loss = compiled(losses.soft_target_loss)
+supcon_loss = compiled(losses.supcon_loss)
+unicl_loss = compiled(losses.unicl_loss)
 
 # Float64 rounds at 1e-16; logits of 100 and sums of a few dozen terms make it 1e-13.
 EXACT = dict(rtol=1e-12, atol=1e-12)
@@ -146,7 +157,9 @@ def test_siglip_every_way_is_dense_on_one_device(implementation, devices, make_m
     u, v = random_unit(16, 6), random_unit(16, 6, seed=1)
     keep = np.arange(16) % 5 != 0
     options = dict(labels=SPANNING, where=keep)
-    loss = sharded(siglip_loss, make_mesh(devices)) if devices > 1 else siglip_loss
+    loss = siglip_loss
+    if devices > 1:
+        loss = compiled(sharded(losses.siglip_loss, make_mesh(devices)))
 
     def this(*arrays):
         return loss(*arrays, implementation=implementation, block_size=3, **options)
@@ -190,7 +203,7 @@ def test_siglip_blockwise_holds_no_matrix():
 def supcon_by_hand(z, labels, temperature, anchors):
     batch, views, _ = z.shape
     everything = [(i, a) for i in range(batch) for a in range(views)]
-    losses = np.zeros(batch)
+    found = np.zeros(batch)
     for i in range(batch):
         chosen = range(views) if anchors == "all" else [0]
         for a in chosen:
@@ -199,8 +212,8 @@ def supcon_by_hand(z, labels, temperature, anchors):
             normalizer = math.log(sum(map(math.exp, logits.values())))
             positives = [c for c in others if is_positive(labels, i, c[0])]
             terms = [normalizer - logits[p] for p in positives]
-            losses[i] += np.mean(terms) / len(chosen) if terms else 0
-    return losses
+            found[i] += np.mean(terms) / len(chosen) if terms else 0
+    return found
 
 
 @pytest.mark.parametrize("anchors", ["all", "one"])
@@ -248,7 +261,7 @@ def test_supcon_sharded_is_single(anchors, make_mesh):
     z = random_unit(16, 2, 5)
     keep = np.arange(16) % 5 != 0
     options = dict(anchors=anchors, where=keep)
-    loss = sharded(supcon_loss, make_mesh(8))
+    loss = sharded(losses.supcon_loss, make_mesh(8))
     arrays = z, SPANNING, np.float64(0.3)
     got = value_and_grads(lambda *x: loss(*x, **options), *arrays)
     want = value_and_grads(lambda *x: supcon_loss(*x, **options), *arrays)
@@ -309,7 +322,9 @@ def test_multitask_is_the_sum_of_the_two_means(kind, is_sharded, make_mesh):
     logits = np.random.default_rng(2).normal(size=(16, 6))
     labels = {"both": SPANNING, "labels": abs(SPANNING), "captions": 0 * SPANNING - 1}
     labels = labels[kind]
-    loss = sharded(multitask_loss, make_mesh(8)) if is_sharded else multitask_loss
+    loss = multitask_loss
+    if is_sharded:
+        loss = compiled(sharded(losses.multitask_loss, make_mesh(8)))
     weights = dict(class_weight=2.0, pair_weight=0.5)
     captions, want = labels == NO_LABEL, 0.0
     if (~captions).any():
@@ -326,7 +341,7 @@ def test_multitask_is_the_sum_of_the_two_means(kind, is_sharded, make_mesh):
 
 
 def mp_nce_by_hand(z, labels, domains, scales, offsets, weights):
-    n, losses, pairs = len(z), [], []
+    n, found, pairs = len(z), [], []
     for i in range(n):
         pair = [domains[i] + domains[j] for j in range(n)]
         e = [
@@ -338,9 +353,9 @@ def mp_nce_by_hand(z, labels, domains, scales, offsets, weights):
             for p in range(n)
             if p != i and is_positive(labels, i, p)
         ]
-        losses.append(np.mean(terms) if terms else 0.0)
+        found.append(np.mean(terms) if terms else 0.0)
         pairs += terms
-    return np.array(losses), np.mean(pairs)
+    return np.array(found), np.mean(pairs)
 
 
 def universal(seed=0):
@@ -386,7 +401,7 @@ def test_mp_nces_common_offset_cancels_and_its_scales_and_offsets_learn():
         for k in range(3):
             moved = [SCALES.copy(), OFFSETS.copy()]
             moved[which][k] += step
-            up = mean(*moved)
+            up = float(mean(*moved))  # now, as the arrays change
             moved[which][k] -= 2 * step
             # Central differences: rounding of 1e-16 over the step, and its square.
             assert_close(
@@ -397,7 +412,7 @@ def test_mp_nces_common_offset_cancels_and_its_scales_and_offsets_learn():
 def test_mp_nce_sharded_is_single(make_mesh):
     z, labels, domains = (x[:16] for x in universal())
     keep = np.arange(16) != 5
-    loss = sharded(mp_nce_loss, make_mesh(8))
+    loss = sharded(losses.mp_nce_loss, make_mesh(8))
     for average in ("anchor", "pair"):
         options = dict(where=keep, average=average, pair_weights=PAIR_WEIGHTS)
         arrays = z, labels, domains, SCALES, OFFSETS

@@ -165,11 +165,11 @@ def start(*arguments):
     )
 
 
-def test_killed_stopped_and_run_again_it_ends_in_the_same_bytes(tmp_path):
+def test_killed_stopped_and_run_again_it_ends_in_the_same_bytes(command, tmp_path):
     folder = tmp_path / "pets" / "a"
     folder.mkdir(parents=True)
-    image = encoded(photo(1, 900, 700))  # some ms each: long enough to be met
-    for i in range(240):
+    image = encoded(photo(1, 1800, 1400))  # 20 ms each: long enough to be met
+    for i in range(160):
         (folder / f"{i:03d}.jpg").write_bytes(image)
     flags = ["--format=folder", "--kind=image_label", f"--path={folder.parent}"]
     flags += ["--shards=80", "--max_side=64"]
@@ -190,12 +190,10 @@ def test_killed_stopped_and_run_again_it_ends_in_the_same_bytes(tmp_path):
             assert err.splitlines()[-1].startswith("stopped. The same command goes on")
         else:
             assert process.returncode == -signal.SIGKILL
-    process = start(*flags, f"--out={to}")
-    out, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, err
-    assert int(re.search(r"going on: (\d+) of 80 shards", out)[1]) == after
+    code, out, err = command(*flags, f"--out={to}")
+    assert (code, err) == (0, [])
+    assert int(re.search(r"going on: (\d+) of 80 shards", "\n".join(out))[1]) == after
     whole = tmp_path / "whole" / "x"
-    process = start(*flags, f"--out={whole}", "--workers=3")
-    process.communicate(timeout=LIMIT)
+    assert command(*flags, f"--out={whole}", "--workers=3")[0] == 0
     one, two = ({p.name: p.read_bytes() for p in f.iterdir()} for f in (to, whole))
     assert one == two and len(one) == 80 + 2

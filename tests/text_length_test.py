@@ -97,7 +97,7 @@ def test_packed_texts_stay_on_their_devices(make_mesh):
     """Nothing travels between the devices that hold a group each."""
     mesh, tower = make_mesh(4), transformer(**TEXT)
     whole, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
-    params, _ = tower.init(jax.random.key(0))
+    params, _ = jax.jit(tower.init)(jax.random.key(0))
     packed = sharding.global_batch(mesh, dict(x=fitted("pack", texts(64), 4)))["x"]
     run = jax.jit(
         lambda p, x: tower.apply(p, {}, x)[0],

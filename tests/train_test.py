@@ -21,7 +21,7 @@ from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console
 
-from unicl_jax import augment, train
+from unicl_jax import augment, program, train
 from unicl_jax import config as config_lib
 from unicl_jax.analysis.end_of_run import evaluation_table
 from unicl_jax.checkpoint import NotSaved
@@ -80,6 +80,10 @@ def sources(tmp_path_factory):
         class_names=names,
     )
     return folder
+
+
+# One block of one stage: for what needs no second one, a step sooner compiled.
+ONE_BLOCK = dict(model__image__depths=(1,), model__image__num_heads=(2,))
 
 
 @pytest.fixture
@@ -329,7 +333,7 @@ def test_names_that_join_are_said_in_a_line_each(
 ):
     synonyms = tmp_path / "synonyms.txt"
     synonyms.write_text("red\tscarlet\nwhite\tgrey\n")
-    config = make_config(total_steps=3, evaluations={}, data__synonyms=str(synonyms))
+    config = make_config(evaluations={}, data__synonyms=str(synonyms))
     path = str(sources / "held_out.npz")
     config.data.sources.more = dict(format="npz", path=path, kind="image_label")
     train.run(config, tmp_path / "run")
@@ -353,9 +357,7 @@ def test_equal_captions_count_and_are_positives_by_text(make_config, tmp_path):
     np.savez(tmp_path / "alike.npz", images=images, texts=texts)
     first = {}
     for identity in ("row", "text"):
-        config = make_config(
-            total_steps=3, evaluations={}, data__caption_identity=identity
-        )
+        config = make_config(evaluations={}, data__caption_identity=identity)
         config.data.sources.captioned["path"] = str(tmp_path / "alike.npz")
         train.run(config, tmp_path / identity)
         first[identity] = rows(tmp_path / identity)[0]
@@ -384,7 +386,7 @@ def test_running_a_finished_run_again_trains_nothing_and_prints_the_table(
 
         return refuse
 
-    monkeypatch.setattr(train, "make_train_step", no_step)
+    monkeypatch.setattr(program, "make_train_step", no_step)
     again = train.run(make_config(), workdir)
     printed = capsys.readouterr().out
     assert again == result
@@ -397,7 +399,7 @@ def test_running_a_finished_run_again_trains_nothing_and_prints_the_table(
 
 
 def test_texts_in_fewer_slots_train_alike(make_config, tmp_path, capsys):
-    changes = dict(model__text__context_length=40, total_steps=3)
+    changes = dict(model__text__context_length=40, total_steps=3, **ONE_BLOCK)
     full = train.run(make_config(**changes), tmp_path / "full")
     for text_length, slots in (("bucket", "16 x 32"), ("pack", "8 x 128")):
         changes |= dict(data__text_length=text_length)
@@ -413,6 +415,7 @@ def test_texts_in_fewer_slots_train_alike(make_config, tmp_path, capsys):
 
 def test_texts_that_nothing_reads_have_one_shape(make_config, tmp_path, capsys):
     changes = dict(model__text__context_length=40, data__text_length="bucket")
+    changes |= ONE_BLOCK
     config = make_config(objective="cross_entropy", total_steps=3, **changes)
     config.data.mixture, config.evaluations = "proportional", {}
     del config.data.sources["captioned"]
@@ -435,6 +438,7 @@ def test_a_shape_that_is_met_late_is_in_no_steps_time(
         total_steps=4,
         evaluations={},
         checkpoint_every_steps=4,
+        **ONE_BLOCK,
     )
     train.run(config, tmp_path)
     seconds = {row["step"]: row.get("step_seconds") for row in rows(tmp_path)}
@@ -556,6 +560,7 @@ def test_a_non_finite_loss_is_named_and_the_state_before_it_is_saved(
         optimizer__learning_rate=1e30,
         optimizer__warmup_steps=1,
         checkpoint_every_steps=100,
+        **ONE_BLOCK,
     )
     with pytest.raises(train.NonFiniteLoss) as caught:
         train.run(config, tmp_path)
@@ -659,7 +664,7 @@ def test_pixels_are_normalised_as_the_config_says(make_config, tmp_path, monkeyp
             return original(images, normalization)
 
         monkeypatch.setattr(module, "normalize", normalize)
-    config = make_config(total_steps=3, model__normalization="clip")
+    config = make_config(total_steps=3, model__normalization="clip", **ONE_BLOCK)
     train.run(config, tmp_path)
     assert seen == ["clip"] * 2
 
@@ -707,7 +712,7 @@ def test_a_run_starts_from_another_ones_towers(whole, make_config, tmp_path, cap
 def test_a_kill_in_the_first_save_does_not_lose_the_start(
     whole, make_config, tmp_path, capsys
 ):
-    config = make_config(total_steps=3, evaluations={}, init_from=str(whole[0]))
+    config = make_config(evaluations={}, init_from=str(whole[0]))
     prepare_workdir(tmp_path / "run", config, write=True)
     (tmp_path / "run/checkpoints/2.orbax-checkpoint-tmp").mkdir(parents=True)
     train.run(config, tmp_path / "run")
