@@ -438,7 +438,7 @@ Total hbm usage >= 24.53G:
   Largest program allocations in hbm:
 
   1. Size: 1.50G
-     Operator: op_name="jit(train_step)/jvp(Swin)/blocks_0/mlp/dot_general" source_file=x
+     Operator: op_name="jit(train_step)/jvp(Swin)/blocks_0/mlp/dot_general"
      Shape: bf16[4096,3136,384]{2,1,0:T(8,128)(2,1)}
      Unpadded size: 1.50G
      ==========================
