@@ -59,6 +59,10 @@ def add_options(parser):
 
 def measure(options):
     """Compiles each model for each topology; returns what goes to JSON."""
+    import jax
+
+    # A backend of libtpu here would hold what the compiler needs.
+    jax.config.update("jax_platforms", "cpu")
     found = []
     machine = harness.machine()
     for model in options.models:

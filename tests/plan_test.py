@@ -273,6 +273,13 @@ def test_groups_of_devices():
     assert hlo.first_group("replica_groups=[2,4]<=[4,2]T(1,0)", 8) == [0, 2, 4, 6]
     assert hlo.first_group("replica_groups={{0,3},{1,2}}", 4) == [0, 3]
     assert hlo.first_group("replica_groups={}", 3) == [0, 1, 2]
+    along = "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, use_global"
+    assert hlo.first_group(along, 8) == [0, 1, 2, 3]
+    assert hlo.first_group(along.replace("{'axis_1'}", "{'axis_0'}"), 8) == [0, 4]
+    part = along.replace("{'axis_1'}", "{'axis_1':(1)2}")
+    assert hlo.first_group(part, 8) == [0, 2]
+    both = along.replace("{'axis_1'}", "{'axis_0','axis_1'}")
+    assert hlo.first_group(both, 8) == list(range(8))
     places = [(x, y) for x in range(2) for y in range(4)]
     assert network.spans_of([0, 1, 2, 3], places) == (1, 4)
     assert network.spans_of([0, 4], places) == (2, 1)

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from unicl_jax.planning.network import KINDS, Collective, spans_of
 
 _ITEM = re.compile(r"\b(pred|bf16|token|[sufc]\d+\w*)\[([\d,]*)\]")
@@ -115,21 +117,13 @@ class _Walk:
         self.collectives, self.cycles, self.loops = [], 0.0, []
 
     def enter(self, name, times):
+        """Adds what a computation does, that many times."""
         instructions = self._computations.get(name, [])
-        started = {}  # name of a start: its place
+        chains = {}  # of collectives in steps, each beside other work: first, last
         for i, instruction in enumerate(instructions):
             kind = _kind(instruction)
             if kind and instruction.op.endswith("-done"):
                 continue
-            if kind or self._holds(instruction):
-                hidden = None
-                if instruction.op.endswith("-start"):
-                    hidden = self._between(instructions, i)
-                started[instruction.name] = i
-                for inner, kind in self._collectives_in(instruction):
-                    self._add(inner, kind, times, hidden)
-                if not instruction.op.startswith("fusion"):
-                    continue
             if instruction.op == "while":
                 self._loop(instruction, times)
             elif instruction.op == "conditional":
@@ -137,8 +131,22 @@ class _Walk:
             elif instruction.op == "call":
                 for called in instruction.called:
                     self.enter(called, times)
+            elif kind or instruction.op in ("fusion", "async-start"):
+                hidden = None
+                if instruction.op.endswith("-start"):
+                    hidden = self._between(instructions, i)
+                for inner, kind in self._collectives_in(instruction):
+                    if chain := _chain(instruction, inner):
+                        chains.setdefault(chain, [inner, kind, i])[3:] = [i]
+                    else:
+                        self._add(inner, kind, times, hidden)
+                if instruction.op == "fusion":
+                    self.cycles += times * instruction.cycles
             else:
                 self.cycles += times * instruction.cycles
+        for inner, kind, first, last in chains.values():
+            cycles = sum(x.cycles for x in instructions[first + 1 : last + 1])
+            self._add(inner, kind, times, cycles / self._clock if self._clock else None)
 
     def _loop(self, instruction, times):
         trips = _TRIPS.search(instruction.rest)
@@ -160,11 +168,6 @@ class _Walk:
             self.collectives += best[1].collectives
             self.cycles += best[1].cycles
             self.loops += best[1].loops
-
-    def _holds(self, instruction):
-        return instruction.op in ("fusion", "async-start") and any(
-            self._collectives_in(instruction)
-        )
 
     def _collectives_in(self, instruction) -> Iterator:
         """The collective itself, or those of the computation that it is wrapped in."""
@@ -216,6 +219,14 @@ class _Walk:
         )
 
 
+def _chain(instruction, inner):
+    """What steps of one collective share: on TPUs each is part of another fusion."""
+    found = re.search(r'chain_id="(\d+)"', inner.rest)
+    channel = re.search(r"channel_id=(\d+)", inner.rest)
+    inside = instruction.op == "fusion" and found and channel
+    return (found[1], channel[1]) if inside else None
+
+
 def _kind(instruction):
     base = re.sub(r"-(start|done)$", "", instruction.op)
     return base if base in KINDS else None
@@ -225,8 +236,9 @@ def first_group(rest: str, devices: int) -> list[int]:
     """The devices of the first group of a collective.
 
     Args:
-      rest: its attributes: `replica_groups={{0,1},{2,3}}` or `[2,4]<=[4,2]T(1,0)`,
-        groups by members, made of an iota of that shape with its axes exchanged.
+      rest: its attributes: `replica_groups={{0,1},{2,3}}`; `[2,4]<=[4,2]T(1,0)`, groups
+        by members, made of an iota of that shape with its axes exchanged; or
+        `mesh['a'=2,'b'=4] {'b'}`, a group along the axes in braces.
       devices: of all, which are a group if it names none.
 
     Returns:
@@ -242,11 +254,34 @@ def first_group(rest: str, devices: int) -> list[int]:
         r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest
     )
     if not found:
-        return list(range(devices))
-    import numpy as np
-
+        return _along_axes(rest, devices)
     shape = [int(n) for n in found[3].split(",")]
     order = np.arange(math.prod(shape)).reshape(shape)
     if found[4]:
         order = order.transpose([int(n) for n in found[4].split(",")])
     return order.reshape(int(found[1]), int(found[2]))[0].tolist()
+
+
+def _along_axes(rest, devices):
+    found = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest)
+    if not found:
+        return list(range(devices))
+    axes = [(name, int(n)) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])]
+    order = np.arange(math.prod(n for _, n in axes)).reshape([n for _, n in axes])
+    moved = re.search(r"device_ids=\(?\[([\d,]+)\]T\(([\d,]+)\)", rest)
+    if moved:
+        shape, turn = ([int(n) for n in moved[i].split(",")] for i in (1, 2))
+        order = np.arange(order.size).reshape(shape).transpose(turn)
+        order = order.reshape([n for _, n in axes])
+    # An axis, or a part of one: 'a':(2)4 is 4 of it after 2.
+    chosen = dict(
+        (name, (int(before or 1), int(size or 0)))
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[2])
+    )
+    places = []
+    for name, n in axes:
+        before, size = chosen.get(name, (1, 0))
+        whole = name in chosen and not size
+        after = n // (before * size) if size else 1
+        places.append(range(n) if whole else range(0, (size or 1) * after, after))
+    return order[np.ix_(*places)].reshape(-1).tolist()

@@ -124,7 +124,8 @@ def _collectives(plan):
     for one in plan.collectives:
         if one.devices > 1:
             hidden = one.hidden is not None
-            groups.setdefault((one.kind, one.devices, hidden), []).append(one)
+            key = one.kind, one.devices, hidden, _origin(one)
+            groups.setdefault(key, []).append(one)
     section = Section("collectives, of each step")
     if not groups:
         section.good("none: one device")
@@ -135,19 +136,19 @@ def _collectives(plan):
         table.add_column(justify="right")
     table.add_column()
     rows = []
-    for (kind, devices, hidden), all_of in groups.items():
+    for (kind, devices, hidden, origin), all_of in groups.items():
         total = sum(c.bytes * c.count for c in all_of)
         taken = sum(network.seconds(c, plan.topology) * c.count for c in all_of)
         count = sum(c.count for c in all_of)
-        rows.append((total, taken, kind, devices, hidden, count))
+        rows.append((total, taken, kind, devices, hidden, count, origin))
     rows.sort(key=lambda row: row[:2], reverse=True)
-    for total, taken, kind, devices, hidden, count in rows[:SHOWN]:
+    for total, taken, kind, devices, hidden, count, origin in rows[:SHOWN]:
         table.add_row(
             f"{count:,.0f} x",
             size(total),
             seconds(taken),
             f"{devices:,}",
-            f"{kind}{', beside other work' if hidden else ''}",
+            f"{kind}{origin and f', {origin}'}{' (beside work)' if hidden else ''}",
         )
     title = Table.grid()
     title.add_row(Text("collectives of a step: how many, bytes, time, devices", "bold"))
@@ -155,6 +156,16 @@ def _collectives(plan):
     if len(rows) > SHOWN:
         title.add_row(Text(f" and {len(rows) - SHOWN} smaller kinds"))
     yield title
+
+
+def _origin(collective):
+    """What a collective is for, as far as its name tells."""
+    what = collective.what
+    if "shard_map" in what:
+        return "loss"
+    if "params[" in what:
+        return "weights"
+    return "gradients" if "transpose(" in what else what if "(" not in what else ""
 
 
 def _time(plan):
