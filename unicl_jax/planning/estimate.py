@@ -31,7 +31,7 @@ _SMALL = dict(
     text=dict(name="transformer", width=8, num_heads=1, num_layers=1),
 )
 # What a compiled step holds, over what must live in it: layouts have padding, and not
-# all that could be fused is. Compiled for v5e over counted: the recipe of Swin-T 1.34;
+# all that could be fused is. Compiled for v5e over counted: the recipe of Swin-T 1.31;
 # towers of benchmarks/blocks.py: ViT-L/14 1.38, with remat 1.31, with remat and scan
 # 1.36, CLIP's text tower 1.27.
 HELD = 1.35
