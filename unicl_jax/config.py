@@ -19,6 +19,7 @@ FREE = (
     "checkpoints_kept",
     "evaluations",
     "mesh",
+    "micro_batches",
 )
 CAPTION_IDENTITIES = ("row", "text")
 MAX_PIXELS = 178_956_970  # of an image: Pillow's limit, 2^29 / 3
@@ -48,6 +49,9 @@ def default() -> ConfigDict:
     c.init_from = placeholder(str)
     c.frozen = ()  # parts of the model that don't learn: names in PARTS
     c.batch_size = 4096  # global; divisible by the number of devices
+    # Parts of a batch that the towers embed one behind another, each in so much less
+    # memory; the loss is of all its rows together, the numbers are those of 1.
+    c.micro_batches = 1
     c.total_steps = placeholder(int)
 
     c.model = ConfigDict()

@@ -79,6 +79,7 @@ def make_program(
         caption_identity=config.data.caption_identity,
         mix=make_mix(config.mix),
         mesh=mesh,
+        micro_batches=config.micro_batches,
     )
     return Program(
         objective,

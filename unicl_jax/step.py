@@ -63,6 +63,7 @@ def make_train_step(
     caption_identity: str = "row",
     mix: Callable | None = None,
     mesh: Mesh | None = None,
+    micro_batches: int = 1,
 ) -> Callable:
     """Builds the train step: augment, embed, compare, update.
 
@@ -80,6 +81,8 @@ def make_train_step(
       mix: (key, normalised images) -> Mixture, as `mix.make_mix` builds it; None:
         images stay whole.
       mesh: the devices, over which parameters may be divided; None: they are not.
+      micro_batches: parts in which the towers embed the batch; see
+        `losses.in_micro_batches`.
 
     Returns:
       `train_step(state, batch, step) -> (state, metrics)`. `batch` holds `image`
@@ -108,6 +111,7 @@ def make_train_step(
                 frozen,
                 caption_identity,
                 mix,
+                micro_batches,
             )
             losses, metrics = objective.loss(forward)
             if forward.mixture is not None:
@@ -123,7 +127,7 @@ def make_train_step(
         def update(state):
             updates, opt_state = optimizer.update(grads, state.opt_state, learning)
             params = {**state.params, **optax.apply_updates(learning, updates)}
-            norm = optax.tree.norm(updates)
+            norm = jnp.float32(optax.tree.norm(updates))
             return TrainState(state.step + 1, params, model_state, opt_state), norm
 
         scale = objective.logit_scale or model.logit_scale

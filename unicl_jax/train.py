@@ -86,7 +86,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         tokenize,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        local_devices=jax.local_device_count() // config.mesh.tensor,
+        # Each device's rows, and of those each micro-batch's: packed by themselves.
+        local_devices=jax.local_device_count()
+        // config.mesh.tensor
+        * config.micro_batches,
     )
     concepts = batches.concepts
     keep_concepts(workdir, concepts, write=is_first)

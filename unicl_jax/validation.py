@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from unicl_jax import micro_batches
 from unicl_jax.augment import NORMALIZATIONS
 from unicl_jax.config import (
     CAPTION_IDENTITIES,
@@ -58,6 +59,7 @@ def problems(
         _check_skips,
         _check_views,
         lambda config: check_mix(config, num_devices),
+        lambda config: _check_micro_batches(config, num_devices),
         lambda config: _check_concepts(config.data),
         lambda config: _check_processes(config, num_processes),
     ):
@@ -108,6 +110,11 @@ def _check_batch(config, num_devices, num_processes):
         raise InputError(
             f"batch_size must be at least 2, for something to contrast: got {batch}."
         )
+
+
+def _check_micro_batches(config, num_devices):
+    sizes = mesh_sizes(config.mesh, num_devices)
+    micro_batches.check(config, sizes["data"] * sizes["fsdp"])
 
 
 def _check_optimizer(config):

@@ -31,7 +31,8 @@ def make_batches(setting: Setting) -> data.TrainIterator:
         config.seed,
         setting.tokenizer,
         process_count=setting.processes,
-        local_devices=max(1, setting.devices // setting.processes),
+        local_devices=max(1, setting.devices // setting.processes)
+        * config.micro_batches,
         sources=[setting.sources[name] for name in config.data.sources],
     )
 

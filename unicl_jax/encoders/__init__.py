@@ -13,7 +13,7 @@ from unicl_jax.encoders import resnet as _resnet
 from unicl_jax.encoders import swin as _swin
 from unicl_jax.encoders import vit as _vit
 from unicl_jax.encoders.bert import bert
-from unicl_jax.encoders.encoder import Encoder
+from unicl_jax.encoders.encoder import Encoder, PartKey
 from unicl_jax.encoders.focalnet import focalnet
 from unicl_jax.encoders.klite_focal import klite_focal
 from unicl_jax.encoders.packing import Packed, pack
@@ -42,15 +42,19 @@ TEXT_TOWERS = {"transformer": transformer, "bert": bert}
 TOWERS = {"image": IMAGE_TOWERS, "text": TEXT_TOWERS}
 # Image towers without a size of their own.
 UNNAMED = ("swin", "focalnet", "klite_focal", "resnet", "vit")
+# Image towers whose rows are not each for themselves while they learn.
+BATCH_NORM = ("resnet", *_resnet.VARIANTS)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 __all__ = [
+    "BATCH_NORM",
     "DTYPES",
     "IMAGE_TOWERS",
     "TEXT_TOWERS",
     "TOWERS",
     "Encoder",
     "Packed",
+    "PartKey",
     "TwoTower",
     "bert",
     "focalnet",

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from unicl_jax.encoders.encoder import draw_rows
+
 Dtype = Any
 
 
@@ -92,8 +94,10 @@ class DropPath(nn.Module):
         if not train or (isinstance(self.rate, float) and self.rate == 0):
             return x
         keep = 1 - self.rate
-        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, shape)
+        key, ones = self.make_rng("drop_path"), (1,) * (x.ndim - 1)
+        kept = draw_rows(
+            lambda rows: jax.random.bernoulli(key, keep, (rows, *ones)), len(x)
+        )
         return jnp.where(kept, x / jnp.asarray(keep, x.dtype), 0)
 
 

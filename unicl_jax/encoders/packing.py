@@ -26,6 +26,17 @@ class Packed(NamedTuple):
         """Rows of a group, R / G."""
         return len(self.tokens) // len(self.ends)
 
+    def by_groups(self) -> "Packed":
+        """Each array as [G, ...], to be cut into parts of whole groups."""
+        groups = len(self.ends)
+        rows = (x.reshape(groups, -1, x.shape[1]) for x in self[:3])
+        return Packed(*rows, self.ends)
+
+    def in_rows(self) -> "Packed":
+        """What `by_groups` made, or some of its groups, as the tower takes it."""
+        rows = (x.reshape(-1, x.shape[2]) for x in self[:3])
+        return Packed(*rows, self.ends)
+
 
 def pack(
     tokens: np.ndarray, slots: int, rows: int | None = None, groups: int = 1

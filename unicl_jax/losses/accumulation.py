@@ -4,9 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
-def in_micro_batches(encode: Callable, count: int) -> Callable:
+def in_micro_batches(
+    encode: Callable, count: int, *, numbered: bool = False
+) -> Callable:
     """Makes an encode function that holds one micro-batch's activations at a time.
 
     Use it in place of `encode` and put one loss on all the embeddings: value and
@@ -22,6 +25,8 @@ def in_micro_batches(encode: Callable, count: int) -> Callable:
         random must come in with the rows (a key for each), or the micro-batches would
         share it. Statistics over the batch, as of batch norm, are of the micro-batch.
       count: of micro-batches; must divide the batch. 1: `encode`, checkpointed.
+      numbered: whether `encode` takes k, an int32 scalar, as a third argument: for
+        draws that are made for the whole batch, of which it takes its rows'.
 
     Returns:
       (params, rows) -> embeddings, in the rows' order.
@@ -48,10 +53,12 @@ def in_micro_batches(encode: Callable, count: int) -> Callable:
 
     def encode_all(params: Any, rows: Any) -> Any:
         @jax.checkpoint
-        def one(rows):
-            return encode(params, rows)
+        def one(rows, *k):
+            return encode(params, rows, *k)
 
-        embeddings = jax.lax.map(one, jax.tree.map(split, rows))
+        numbers = [jnp.arange(count, dtype=jnp.int32)] * numbered
+        parts = (jax.tree.map(split, rows), *numbers)
+        embeddings = jax.lax.map(lambda part: one(*part), parts)
         return jax.tree.map(join, embeddings)
 
     return encode_all

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from unicl_jax import losses
 from unicl_jax.augment import Views
-from unicl_jax.encoders import TwoTower
+from unicl_jax.encoders import Packed, PartKey, TwoTower
 from unicl_jax.mix import Mixture
 from unicl_jax.objectives.positives import identities
 
@@ -56,6 +57,7 @@ class Forward:
         frozen: tuple[str, ...] = (),
         caption_identity: str = "row",
         mix: Callable[[jax.Array, jax.Array], Mixture] | None = None,
+        micro_batches: int = 1,
     ):
         """Holds what the calls below need; nothing is computed yet.
 
@@ -70,6 +72,7 @@ class Forward:
             evaluation, its drop path off, its batch statistics as they are.
           caption_identity: "text" if equal captions are positives.
           mix: (key, normalised images) -> Mixture; None: images stay whole.
+          micro_batches: parts in which the towers embed the batch, one behind another.
         """
         self.identities = identities(batch, caption_identity == "text")
         self.labels, self.own, self.state = (
@@ -79,7 +82,7 @@ class Forward:
         )
         self._model, self._params, self._batch = model, params, batch
         self._make_views, self._keys, self._frozen = make_views, keys, frozen
-        self._mix = mix
+        self._mix, self._micro_batches = mix, micro_batches
 
     @functools.cached_property
     def mixture(self) -> Mixture | None:
@@ -92,29 +95,44 @@ class Forward:
 
     def image(self) -> jax.Array:
         """Unit embeddings [B, D] of the first views."""
-        return self._encode(self._model.encode_image, self._first_views())
+        return self._encode_image(self._model.encode_image, self._first_views())
 
     def image_features(self) -> jax.Array:
         """What the image tower says of the first views, [B, width]."""
-        return self._encode(self._model.image_features, self._first_views())
+        return self._encode_image(self._model.image_features, self._first_views())
 
     def all_image_features(self) -> tuple[jax.Array, jax.Array]:
         """Features of all views, [B, V, width], and their parameters [B, V, P]."""
         views = self._views()
-        batch, count = views.images.shape[:2]
-        # One run of the tower: batch norm, where there is some, sees all views.
-        images = views.images.reshape(-1, *views.images.shape[2:])
-        features = self._encode(self._model.image_features, images)
-        return features.reshape(batch, count, -1), views.parameters
+
+        def encode(params, state, images, **mode):
+            # One run of the tower: batch norm, where there is some, sees all views.
+            flat = images.reshape(-1, *images.shape[2:])
+            out, state = self._model.image_features(params, state, flat, **mode)
+            return out.reshape(*images.shape[:2], -1), state
+
+        views_of_one = views.images.shape[1]
+        features = self._encode_image(encode, views.images, views_of_one)
+        return features, views.parameters
 
     def text(self) -> jax.Array:
         """Unit text embeddings [B, D]: row i's is of image i's text."""
-        v, self.state = self._model.encode_text(
-            self._params,
-            self.state,
-            self._batch["tokens"],
-            **self._mode("text", self._keys[2]),
-        )
+        tokens, encode, together = self._batch["tokens"], self._model.encode_text, 1
+        mode = self._mode("text", self._keys[2])
+        if isinstance(tokens, Packed) and self._micro_batches > 1:
+            # A part holds whole groups of packed rows, and the texts that are in them.
+            together, tokens = tokens.rows, tokens.by_groups()
+
+            def encode(params, state, groups, **mode):
+                out, state = self._model.encode_text(
+                    params, state, groups.in_rows(), **mode
+                )
+                return out.reshape(*groups.ends.shape, -1), state
+
+        v = self._encode(encode, tokens, mode, together)
+        v = v.reshape(
+            -1, v.shape[-1]
+        )  # of packed texts, the groups' one behind another
         return v[self._batch["text_index"]] if "text_index" in self._batch else v
 
     def project(self, features: jax.Array) -> jax.Array:
@@ -133,11 +151,26 @@ class Forward:
             return self.mixture.images
         return self._views().images[:, 0]
 
-    def _encode(self, encode, images):
-        out, self.state = encode(
-            self._params, self.state, images, **self._mode("image", self._keys[1])
-        )
-        return out
+    def _encode_image(self, encode, images, together=1):
+        mode = self._mode("image", self._keys[1])
+        return self._encode(encode, images, mode, together)
+
+    def _encode(self, encode, inputs, mode, together):
+        """The embeddings of [n, ...], rows that stand for `together` of a tower's."""
+        count = self._micro_batches
+        if count == 1:
+            out, self.state = encode(self._params, self.state, inputs, **mode)
+            return out
+
+        def part(params, inputs, k):
+            of_part = dict(mode)
+            if mode:
+                of_part["key"] = PartKey(mode["key"], k, count, together)
+            # Of a tower with batch norm there are no parts: `micro_batches.check`.
+            return encode(params, self.state, inputs, **of_part)[0]
+
+        encode_all = losses.in_micro_batches(part, count, numbered=True)
+        return encode_all(self._params, inputs)
 
     def _mode(self, tower, key):
         return {} if tower in self._frozen else {"train": True, "key": key}
