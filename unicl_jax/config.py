@@ -116,7 +116,8 @@ def default() -> ConfigDict:
     c.mix.cutmix_share = 0.5  # of the mixed batches, where both are on
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adamw"  # or "sgd" (Nesterov), "muon"
+    # Or "sgd" (Nesterov), "muon", "lamb", "lion", "adafactor".
+    c.optimizer.name = "adamw"
     c.optimizer.learning_rate = 1e-3  # peak
     c.optimizer.final_learning_rate = 0.0
     c.optimizer.warmup_steps = 0
@@ -126,6 +127,10 @@ def default() -> ConfigDict:
     c.optimizer.b2 = 0.999
     c.optimizer.eps = 1e-8
     c.optimizer.momentum = 0.9  # of sgd
+    # Factor of the learning rate a layer down from the tower's end; 1: none.
+    c.optimizer.image_layer_decay = 1.0
+    c.optimizer.text_layer_decay = 1.0
+    c.optimizer.multipliers = ConfigDict()  # of it, by part: names in PARTS, objective
 
     c.evaluations = ConfigDict()  # zero-shot tasks by name: a source and `templates`
     c.evaluate_every_steps = 1000

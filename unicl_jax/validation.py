@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from unicl_jax import micro_batches
+from unicl_jax import learning_rates, micro_batches
 from unicl_jax.augment import NORMALIZATIONS
 from unicl_jax.config import (
     CAPTION_IDENTITIES,
@@ -134,6 +134,7 @@ def _check_optimizer(config):
             yield InputError(
                 f"optimizer.{field} must be in [0, 1): got {optimizer[field]}."
             )
+    learning_rates.check(optimizer, (*PARTS, "objective"), config.frozen)
     if optimizer.warmup_steps >= config.total_steps:
         yield InputError(
             "optimizer.warmup_steps must be below total_steps: got "
