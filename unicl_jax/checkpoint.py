@@ -81,7 +81,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return False
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()),
+            state=ocp.args.StandardSave(_filled(state)),
             data=ocp.args.JsonSave(data_state),
         )
         with self._saving():
@@ -100,7 +100,7 @@ class Checkpoints:
           InputError: if the checkpoint does not fit the model or cannot be read.
         """
         step = self.latest_step()
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _filled(like))
         self._check_shapes(step, abstract["params"])
         arguments = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
@@ -123,7 +123,7 @@ class Checkpoints:
                 f'"{self._directory / str(step)}" holds {data}. Remove that directory '
                 "to go on from the checkpoint before it."
             )
-        return TrainState(**restored["state"]), data
+        return like._replace(**restored["state"]), data
 
     def wait(self) -> None:
         """Returns when everything started is on disk; NotSaved if it cannot be."""
@@ -219,11 +219,25 @@ def load_towers(
     def taken(tree):
         return {name: part for name, part in tree.items() if name in parts}
 
-    here = {"params": taken(like.params), "model_state": taken(like.model_state)}
-    wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, here)
     try:
         saved = ocp.PyTreeCheckpointHandler().metadata(path).tree
-        saved = {k: taken(saved[k]) for k in wanted}
+        # Averages, where that run kept some.
+        ema = taken(saved.get("ema", {}))
+        own = taken(like.params)
+        here = {
+            "params": {k: x for k, x in own.items() if k not in ema},
+            "ema": {k: x for k, x in own.items() if k in ema},
+            "model_state": taken(like.model_state),
+        }
+        here = {k: x for k, x in here.items() if jax.tree.leaves(x)}
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, here)
+        there = {k: x for k, x in taken(saved["params"]).items() if k not in ema}
+        saved = {
+            "params": there,
+            "ema": ema,
+            "model_state": taken(saved["model_state"]),
+        }
+        saved = {k: x for k, x in saved.items() if jax.tree.leaves(x)}
         if differ := differences(saved, wanted):
             raise InputError(
                 f"init_from must be a run of this model: {len(differ)} arrays of "
@@ -246,8 +260,8 @@ def load_towers(
     finally:
         manager.close()
     state = restored["state"]
-    params = {**like.params, **state["params"]}
-    model_state = {**like.model_state, **state["model_state"]}
+    params = {**like.params, **state.get("params", {}), **state.get("ema", {})}
+    model_state = {**like.model_state, **state.get("model_state", {})}
     return like._replace(params=params, model_state=model_state), step
 
 
@@ -258,7 +272,8 @@ def read_towers(workdir: str | Path) -> tuple[Any, Any]:
       workdir: of the run.
 
     Returns:
-      (params, model_state), NumPy arrays; the objective's own are among the first.
+      (params, model_state), NumPy arrays; the objective's own are among the first. Of
+      parameters of which the run kept averages these are the averages.
 
     Raises:
       InputError: if there is no whole checkpoint.
@@ -274,7 +289,13 @@ def read_towers(workdir: str | Path) -> tuple[Any, Any]:
         path = directory / str(step) / "state"
         try:
             saved = ocp.PyTreeCheckpointHandler().metadata(path).tree
+            ema = saved.get("ema", {})
             wanted = {k: _abstract(saved[k]) for k in ("params", "model_state")}
+            if ema:
+                own = {k: x for k, x in wanted["params"].items() if k not in ema}
+                wanted |= {"params": own, "ema": _abstract(ema)}
+            if not jax.tree.leaves(wanted["params"]):
+                del wanted["params"]
             as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
             arguments = ocp.args.PyTreeRestore(
                 item=wanted,
@@ -288,7 +309,13 @@ def read_towers(workdir: str | Path) -> tuple[Any, Any]:
                 f'a run must hold a whole checkpoint: reading "{path}" failed '
                 f"({_first_line(error)})."
             ) from error
-    return state["params"], state["model_state"]
+    return {**state.get("params", {}), **state.get("ema", {})}, state["model_state"]
+
+
+def _filled(state: TrainState) -> dict[str, Any]:
+    """Fields to save; `ema`, which older checkpoints lack, if it holds something."""
+    fields = state._asdict()
+    return {k: v for k, v in fields.items() if k != "ema" or jax.tree.leaves(v)}
 
 
 def _abstract(tree):

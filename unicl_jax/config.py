@@ -132,6 +132,10 @@ def default() -> ConfigDict:
     c.optimizer.text_layer_decay = 1.0
     c.optimizer.multipliers = ConfigDict()  # of it, by part: names in PARTS, objective
 
+    # Of the average of the parameters over steps, which is what evaluations and later
+    # uses of the run then see; 0: none is kept. See step.averaged.
+    c.ema_decay = 0.0
+
     c.evaluations = ConfigDict()  # zero-shot tasks by name: a source and `templates`
     c.evaluate_every_steps = 1000
     c.checkpoint_every_steps = 1000

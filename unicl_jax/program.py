@@ -58,7 +58,10 @@ def make_program(
     whole, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
 
     def first_state():
-        return init_state(model, objective, optimizer, config.seed, config.frozen)
+        return init_state(
+            *(model, objective, optimizer, config.seed, config.frozen),
+            ema_decay=config.ema_decay,
+        )
 
     shapes = jax.eval_shape(first_state)
     layout = sharding.over_state(mesh, shapes)
@@ -80,6 +83,7 @@ def make_program(
         mix=make_mix(config.mix),
         mesh=mesh,
         micro_batches=config.micro_batches,
+        ema_decay=config.ema_decay,
     )
     return Program(
         objective,

@@ -21,6 +21,47 @@ class TrainState(NamedTuple):
     params: Any
     model_state: Any  # batch-norm statistics; empty dicts for other towers
     opt_state: Any
+    ema: Any = {}  # averages over steps of what learns; empty: none are kept
+
+
+def averaged(state: TrainState) -> Any:
+    """The parameters to evaluate and to use: their averages where those are kept.
+
+    ema(0) = p(0); ema(t) = d ema(t - 1) + (1 - d) p(t), d = min(decay, t / (9 + t))
+
+    Args:
+      state: of the training.
+
+    Returns:
+      A tree as `state.params`; what does not learn is as it is. Batch norm's running
+      statistics, averages themselves, are `state.model_state`, those of the training.
+
+    Source: Polyak averaging; its warm-up as in TensorFlow's ExponentialMovingAverage,
+      (1 + n) / (10 + n) after n updates.
+    """
+    return {**state.params, **state.ema}
+
+
+def start_ema(state: TrainState) -> TrainState:
+    """Averages of the parameters as they are: of a state whose were replaced.
+
+    Args:
+      state: before its first step.
+
+    Returns:
+      The state; as it was, if no averages are kept.
+    """
+    own = {name: state.params[name] for name in state.ema}
+    return state._replace(ema=jax.tree.map(jnp.copy, own))
+
+
+def _moved(ema, params, decay, step):
+    """The average after an update; `step` counts those before it."""
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    # Of float32 this form keeps more than d a + (1 - d) b.
+    return jax.tree.map(
+        lambda a, b: a + (1 - decay).astype(a.dtype) * (b - a), ema, params
+    )
 
 
 def init_state(
@@ -29,6 +70,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     frozen: tuple[str, ...] = (),
+    ema_decay: float = 0.0,
 ) -> TrainState:
     """The state before the first step; pure, to be run under `jit`.
 
@@ -38,6 +80,7 @@ def init_state(
       optimizer: whose state it holds.
       seed: of the initial parameters.
       frozen: as for `make_train_step`.
+      ema_decay: as for `make_train_step`.
 
     Returns:
       The state, at step 0.
@@ -48,7 +91,9 @@ def init_state(
         own = objective.init(jax.random.fold_in(key, 1), params)
         params = {**params, "objective": own}
     learning = _without(params, (*frozen, *objective.unused))
-    return TrainState(jnp.int32(0), params, model_state, optimizer.init(learning))
+    opt_state = optimizer.init(learning)
+    ema = jax.tree.map(jnp.copy, learning) if ema_decay else {}
+    return TrainState(jnp.int32(0), params, model_state, opt_state, ema=ema)
 
 
 def make_train_step(
@@ -64,6 +109,7 @@ def make_train_step(
     mix: Callable | None = None,
     mesh: Mesh | None = None,
     micro_batches: int = 1,
+    ema_decay: float = 0.0,
 ) -> Callable:
     """Builds the train step: augment, embed, compare, update.
 
@@ -83,6 +129,7 @@ def make_train_step(
       mesh: the devices, over which parameters may be divided; None: they are not.
       micro_batches: parts in which the towers embed the batch; see
         `losses.in_micro_batches`.
+      ema_decay: of the parameters' averages; see `averaged`. 0: none are kept.
 
     Returns:
       `train_step(state, batch, step) -> (state, metrics)`. `batch` holds `image`
@@ -126,9 +173,18 @@ def make_train_step(
 
         def update(state):
             updates, opt_state = optimizer.update(grads, state.opt_state, learning)
-            params = {**state.params, **optax.apply_updates(learning, updates)}
+            new = optax.apply_updates(learning, updates)
+            params, ema = {**state.params, **new}, state.ema
+            if ema_decay:
+                ema = _moved(ema, new, ema_decay, state.step)
             norm = jnp.float32(optax.tree.norm(updates))
-            return TrainState(state.step + 1, params, model_state, opt_state), norm
+            return state._replace(
+                step=state.step + 1,
+                params=params,
+                model_state=model_state,
+                opt_state=opt_state,
+                ema=ema,
+            ), norm
 
         scale = objective.logit_scale or model.logit_scale
         # What an objective says of its positives itself comes before it.

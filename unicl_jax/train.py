@@ -25,6 +25,7 @@ from unicl_jax.checkpoint import Checkpoints, NotSaved
 from unicl_jax.metrics import ConsoleProgress, Metrics, StepTimer
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.program import make_program
+from unicl_jax.step import averaged, start_ema
 from unicl_jax.workdir import has_saved, keep_concepts, keep_records, prepare_workdir
 
 
@@ -128,6 +129,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     while starts:  # whose weights the host need not hold any longer
         state, said = init_from.apply(starts.pop(0), state)
         started_from.append(said)
+    if started_from:
+        state = start_ema(state)
     first_step = int(state.step)
 
     # 4. The loop. Step n is dispatched, then step n - 1 is written: the host's work
@@ -170,8 +173,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     def evaluate(step):
         for task in tasks:
             progress.status(f"evaluating {task.name}")
-            scores[task.name] = task(state.params, state.model_state)
-        keyed = _by_metric_key(scores)
+            scores[task.name] = task(averaged(state), state.model_state)
+        keyed = _by_metric_key(scores, config.ema_decay)
         if keyed:
             metrics.write(step, keyed)
             tops = ", ".join(
@@ -247,12 +250,13 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         batches.close()
         metrics.close()
         checkpoints.close()
-    return _by_metric_key(scores)
+    return _by_metric_key(scores, config.ema_decay)
 
 
-def _by_metric_key(scores) -> dict[str, float]:
+def _by_metric_key(scores, ema_decay) -> dict[str, float]:
     keyed = {}
     for name, score in scores.items():
+        name += "_ema" if ema_decay else ""  # whose parameters it scores
         keyed[f"eval/{name}_top1"], keyed[f"eval/{name}_top5"] = score.top1, score.top5
     return keyed
 

@@ -135,6 +135,11 @@ def _check_optimizer(config):
                 f"optimizer.{field} must be in [0, 1): got {optimizer[field]}."
             )
     learning_rates.check(optimizer, (*PARTS, "objective"), config.frozen)
+    if type(config.ema_decay) not in (int, float) or not 0 <= config.ema_decay < 1:
+        yield InputError(
+            f"ema_decay must be in [0, 1), 0 for off: got {config.ema_decay}; 0.9999 "
+            "is common for long runs."
+        )
     if optimizer.warmup_steps >= config.total_steps:
         yield InputError(
             "optimizer.warmup_steps must be below total_steps: got "
