@@ -17,6 +17,7 @@ from unicl_jax.encoders.encoder import Encoder, PartKey
 from unicl_jax.encoders.focalnet import focalnet
 from unicl_jax.encoders.klite_focal import klite_focal
 from unicl_jax.encoders.packing import Packed, pack
+from unicl_jax.encoders.remat import check_remat
 from unicl_jax.encoders.resnet import resnet
 from unicl_jax.encoders.swin import swin
 from unicl_jax.encoders.text import transformer
@@ -144,7 +145,9 @@ def _tower(which, config, dtype):
                 f'{what}: "{name}" has no option "{option}"; '
                 f"{did_you_mean(option, known)}"
             )
-        if isinstance(parameters[option].default, bool) and type(value) is not bool:
+        if option == "remat":
+            check_remat(value, what)
+        elif isinstance(parameters[option].default, bool) and type(value) is not bool:
             raise InputError(  # any name would be taken for True
                 f"{what}.{option} must be True or False: got {value!r}."
             )

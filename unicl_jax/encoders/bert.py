@@ -21,6 +21,7 @@ from unicl_jax.encoders.layers import (
     layer_norm,
     merge_heads,
 )
+from unicl_jax.encoders.remat import Remat, recomputed
 from unicl_jax.errors import InputError
 
 INIT = nn.initializers.truncated_normal(0.02)
@@ -90,7 +91,7 @@ class Bert(nn.Module):
     hidden: int
     eps: float
     pad_id: int
-    remat: bool
+    remat: Remat
     dtype: Dtype
 
     @nn.compact
@@ -106,7 +107,7 @@ class Bert(nn.Module):
             name="embeddings",
         )(tokens)
         bias = padding_bias(tokens != self.pad_id)
-        layer = nn.remat(BertLayer) if self.remat else BertLayer
+        layer = recomputed(BertLayer, self.remat)
         for i in range(self.num_layers):
             x = layer(
                 self.num_heads,
@@ -129,7 +130,7 @@ def bert(
     hidden: int = 3072,
     eps: float = 1e-12,
     pad_id: int = 0,
-    remat: bool = False,
+    remat: Remat = False,
     dtype: Dtype = jnp.float32,
 ) -> Encoder:
     """A BERT encoder; the defaults are BERT-Base's (uncased), with 77 positions of 512.
@@ -145,7 +146,8 @@ def bert(
       eps: of the norms.
       pad_id: the id that no token sees. Ours for CLIP's vocabulary pads with
         end-of-text, vocab_size - 1: the text's own end is then not seen either.
-      remat: recompute each layer in the backward pass instead of keeping it.
+      remat: recompute each layer in the backward pass instead of keeping it; "dots"
+        keeps what its linear maps gave.
       dtype: of the computation; parameters and norms' statistics are float32.
 
     Returns:

@@ -19,6 +19,7 @@ from unicl_jax.encoders.layers import (
     merge_heads,
     split_heads,
 )
+from unicl_jax.encoders.remat import Remat, recomputed, recomputed_body
 
 
 class Block(nn.Module):
@@ -59,7 +60,7 @@ def run_blocks(
     bias: jax.Array | np.ndarray | None,
     train: bool,
     *,
-    remat: bool,
+    remat: Remat,
     scan: bool,
 ) -> jax.Array:
     """Runs a tower's equal blocks one behind another, named `resblocks_0` and so on.
@@ -71,7 +72,8 @@ def run_blocks(
       x: [B, L, W].
       bias: of the attention, for every block.
       train: whether drop path is on.
-      remat: recompute each block in the backward pass instead of keeping it.
+      remat: recompute each block in the backward pass instead of keeping it; "dots"
+        keeps what its linear maps gave.
       scan: compile one block, as the body of a loop over all blocks' parameters, which
         are stacked for it; they are kept a block each, so the tower's parameters are
         the same. Drop path draws other numbers.
@@ -80,9 +82,8 @@ def run_blocks(
       [B, L, W].
     """
     if not scan or tower.is_initializing():
-        if remat:
-            block = nn.remat(make.func, static_argnums=(3,))
-            make = functools.partial(block, *make.args, **make.keywords)
+        block = recomputed(make.func, remat, static_argnums=(3,))
+        make = functools.partial(block, *make.args, **make.keywords)
         for i, rate in enumerate(rates):
             x = make(drop_path=rate, name=f"resblocks_{i}")(x, bias, train)
         return x
@@ -99,8 +100,7 @@ def run_blocks(
         rngs = {} if key is None else {"drop_path": key}
         return block.apply({"params": params}, x, bias, train, rngs=rngs), None
 
-    body = jax.checkpoint(body, prevent_cse=False) if remat else body
-    return lax.scan(body, x, (stacked, drawn, keys))[0]
+    return lax.scan(recomputed_body(body, remat), x, (stacked, drawn, keys))[0]
 
 
 def padding_bias(real: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from unicl_jax.encoders.layers import (
     layer_norm,
     uniform_fan_in,
 )
+from unicl_jax.encoders.remat import Remat, recomputed
 from unicl_jax.encoders.swin import PatchEmbed
 from unicl_jax.errors import InputError
 
@@ -238,7 +239,7 @@ def focalnet(
     post_norm: bool = False,
     modulation_norm: bool = False,
     normalize_modulator: bool = False,
-    remat: bool = False,
+    remat: Remat = False,
     dtype: Dtype = jnp.float32,
 ) -> Encoder:
     """A FocalNet tower of any size.
@@ -261,7 +262,8 @@ def focalnet(
         them.
       modulation_norm: a norm inside the modulation, before its last linear map.
       normalize_modulator: divide the gated sum by the number of its terms.
-      remat: recompute each block in the backward pass instead of keeping it.
+      remat: recompute each block in the backward pass instead of keeping it; "dots"
+        keeps what its linear maps gave.
       dtype: of the computation; parameters, norms' statistics and pooling are float32.
 
     Returns:
@@ -273,7 +275,7 @@ def focalnet(
     Source: arXiv 2203.11926, section 3; the authors' release for names, eps and init.
     """
     block = functools.partial(
-        nn.remat(FocalBlock, static_argnums=(2,)) if remat else FocalBlock,
+        recomputed(FocalBlock, remat, static_argnums=(2,)),
         mlp_ratio=mlp_ratio,
         layer_scale=layer_scale,
         post_norm=post_norm,

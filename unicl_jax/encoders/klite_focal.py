@@ -23,6 +23,7 @@ from unicl_jax.encoders.focalnet import (
     tower,
 )
 from unicl_jax.encoders.layers import DropPath, Dtype, Mlp, gelu, layer_norm
+from unicl_jax.encoders.remat import Remat, recomputed
 
 # K-LITE's unicl_focal_base.yaml, which also has a drop_path of 0.1.
 VARIANTS = {
@@ -87,7 +88,7 @@ def klite_focal(
     drop_path: float = 0.0,
     conv_embed: bool = False,
     layer_scale: float | None = None,
-    remat: bool = False,
+    remat: Remat = False,
     dtype: Dtype = jnp.float32,
 ) -> Encoder:
     """K-LITE's focal tower, of any size.
@@ -107,7 +108,8 @@ def klite_focal(
       conv_embed: overlapping convolutions instead of patches: 7 x 7 of stride 4 for the
         stem, which takes a patch_size of 4, and 3 x 3 of stride 2 between stages.
       layer_scale: first value of a learned factor a channel on each branch, or None.
-      remat: recompute each block in the backward pass instead of keeping it.
+      remat: recompute each block in the backward pass instead of keeping it; "dots"
+        keeps what its linear maps gave.
       dtype: of the computation; parameters, norms' statistics and pooling are float32.
 
     Returns:
@@ -121,7 +123,7 @@ def klite_focal(
       config turns on, are left out.
     """
     block = functools.partial(
-        nn.remat(KliteFocalBlock, static_argnums=(2,)) if remat else KliteFocalBlock,
+        recomputed(KliteFocalBlock, remat, static_argnums=(2,)),
         mlp_ratio=mlp_ratio,
         layer_scale=layer_scale,
         dtype=dtype,

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from unicl_jax.encoders.encoder import Encoder, from_linen
 from unicl_jax.encoders.layers import Dtype
+from unicl_jax.encoders.remat import Remat, recomputed
 from unicl_jax.errors import choose
 
 # Table 1 of the ResNet paper: bottleneck blocks a stage.
@@ -84,7 +85,7 @@ class ResNet(nn.Module):
     depths: tuple[int, ...]
     width: int
     stem: str
-    remat: bool
+    remat: Remat
     dtype: Dtype
 
     @nn.compact
@@ -103,9 +104,7 @@ class ResNet(nn.Module):
             x = conv(self.width, (7, 7), 2, padding=3, name="conv1")(x)
             x = nn.relu(norm(x))
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-        block = Bottleneck
-        if self.remat:
-            block = nn.remat(Bottleneck, static_argnums=(2,))
+        block = recomputed(Bottleneck, self.remat, static_argnums=(2,))
         for s, depth in enumerate(self.depths):
             for b in range(depth):
                 x = block(
@@ -124,7 +123,7 @@ def resnet(
     width: int = 64,
     stem: str = "imagenet",
     image_size: int = 224,
-    remat: bool = False,
+    remat: Remat = False,
     dtype: Dtype = jnp.float32,
 ) -> Encoder:
     """A bottleneck ResNet.
@@ -135,7 +134,8 @@ def resnet(
       stem: "imagenet" (7 x 7 of stride 2 and a max pool) or "cifar" (one 3 x 3, no
         pooling, for 32-pixel images).
       image_size: pixels, square.
-      remat: recompute each block in the backward pass instead of keeping it.
+      remat: recompute each block in the backward pass instead of keeping it; "dots"
+        keeps what its 1 x 1 convolutions gave.
       dtype: of the computation; parameters and statistics are float32.
 
     Returns:

@@ -27,6 +27,7 @@ from unicl_jax.encoders.layers import (
     split_heads,
     uniform_fan_in,
 )
+from unicl_jax.encoders.remat import Remat, recomputed
 from unicl_jax.errors import InputError
 
 EPS = 1e-5
@@ -185,15 +186,13 @@ class Swin(nn.Module):
     drop_path: float
     init_std: float
     absolute_positions: bool
-    remat: bool
+    remat: Remat
     dtype: Dtype
 
     @nn.compact
     def __call__(self, images, train: bool):
         """[B, H, H, 3] float, normalised -> [B, embed_dim 2^(stages - 1)] float32."""
-        block = SwinBlock
-        if self.remat:
-            block = nn.remat(SwinBlock, static_argnums=(2,))
+        block = recomputed(SwinBlock, self.remat, static_argnums=(2,))
         x = PatchEmbed(self.patch_size, self.embed_dim, self.dtype, name="patch_embed")(
             images.astype(self.dtype)
         )
@@ -241,7 +240,7 @@ def swin(
     drop_path: float = 0.0,
     init_std: float = 0.02,
     absolute_positions: bool = False,
-    remat: bool = False,
+    remat: Remat = False,
     dtype: Dtype = jnp.float32,
 ) -> Encoder:
     """A Swin tower of any size.
@@ -259,7 +258,8 @@ def swin(
       init_std: of the linear maps; narrow towers learn faster from a larger one.
       absolute_positions: add a learned embedding of each patch's place, Swin's option
         "ape": for pictures whose subject is centred.
-      remat: recompute each block in the backward pass instead of keeping it.
+      remat: recompute each block in the backward pass instead of keeping it; "dots"
+        keeps what its linear maps gave.
       dtype: of the computation; parameters, norms' statistics and pooling are float32.
 
     Returns:

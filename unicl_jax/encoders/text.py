@@ -15,6 +15,7 @@ from unicl_jax.encoders.blocks import Block, padding_bias, run_blocks
 from unicl_jax.encoders.encoder import Encoder, from_linen
 from unicl_jax.encoders.layers import ACTIVATIONS, Dtype, layer_norm
 from unicl_jax.encoders.packing import Packed
+from unicl_jax.encoders.remat import Remat
 from unicl_jax.errors import InputError, choose
 
 PADDING = 0  # what the non-causal mode takes for padding
@@ -32,7 +33,7 @@ class TextTransformer(nn.Module):
     eps: float
     activation: Callable[[jax.Array], jax.Array]
     causal: bool
-    remat: bool
+    remat: Remat
     scan: bool
     dtype: Dtype
 
@@ -104,7 +105,7 @@ def transformer(
     eps: float = 1e-12,
     activation: str = "quick_gelu",
     causal: bool = True,
-    remat: bool = False,
+    remat: Remat = False,
     scan: bool = False,
     dtype: Dtype = jnp.float32,
 ) -> Encoder:
@@ -123,7 +124,8 @@ def transformer(
         sees all but id 0, so features depend on padding that is not 0. Our tokenizer
         pads with end-of-text, which is seen; its id 0 is "!" inside a word, which is
         not.
-      remat: recompute each block in the backward pass instead of keeping it.
+      remat: recompute each block in the backward pass instead of keeping it; "dots"
+        keeps what its linear maps gave.
       scan: compile a loop over the blocks, not each of them; see `docs/models.md`.
       dtype: of the computation; parameters and norms' statistics are float32.
 

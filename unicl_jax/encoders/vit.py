@@ -23,6 +23,7 @@ from unicl_jax.encoders.layers import (
     layer_norm,
     uniform_fan_in,
 )
+from unicl_jax.encoders.remat import Remat
 from unicl_jax.errors import InputError, choose
 
 # Table 20 of the CLIP paper; its L/14@336px is vit_l14 with image_size=336.
@@ -44,7 +45,7 @@ class VisionTransformer(nn.Module):
     activation: Callable[[jax.Array], jax.Array]
     eps: float
     drop_path: float
-    remat: bool
+    remat: Remat
     scan: bool
     dtype: Dtype
 
@@ -103,7 +104,7 @@ def vit(
     activation: str = "quick_gelu",
     eps: float = 1e-5,
     drop_path: float = 0.0,
-    remat: bool = False,
+    remat: Remat = False,
     scan: bool = False,
     dtype: Dtype = jnp.float32,
 ) -> Encoder:
@@ -118,7 +119,8 @@ def vit(
       activation: of the MLPs, "quick_gelu" or "gelu" (the exact form).
       eps: of the norms.
       drop_path: rate of the last block; rises linearly from 0.
-      remat: recompute each block in the backward pass instead of keeping it.
+      remat: recompute each block in the backward pass instead of keeping it; "dots"
+        keeps what its linear maps gave.
       scan: compile a loop over the blocks, not each of them; see `docs/models.md`.
       dtype: of the computation; parameters and norms' statistics are float32.
 
