@@ -22,8 +22,10 @@ SIZE, LENGTH = 224, 77
 MIB = 2**20
 WAYS = {
     "kept": dict(),
+    "linear maps kept": dict(remat="dots"),
     "recomputed": dict(remat=True),
     "loop": dict(scan=True),
+    "loop, linear maps kept": dict(scan=True, remat="dots"),
     "loop, recomputed": dict(scan=True, remat=True),
 }
 NO_LOOP = ("swin", "focalnet", "klite", "resnet", "bert")  # towers without `scan`
@@ -35,6 +37,7 @@ class Compiler:
     def __init__(self, topology):
         """Finds the chip."""
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it only compiles
         import jax
         from jax.experimental import topologies
 
@@ -48,7 +51,7 @@ class Compiler:
         return {"device_kind": self._chip.device_kind}
 
     def compiled(self, tower, options, batch_size, dtype):
-        """Seconds to compile, and bytes of temporaries; None: the chip is too small."""
+        """Seconds to compile, bytes of temporaries (None: too many), FLOPs."""
         import jax
         import jax.numpy as jnp
         import optax
@@ -92,6 +95,9 @@ class Compiler:
                 raise
         else:
             found["temporary_bytes"] = program.memory_analysis().temp_size_in_bytes
+            # Of a loop the compiler counts one turn.
+            if not options.get("scan"):
+                found["flops"] = program.cost_analysis().get("flops")
         return found | {"compile_seconds": time.perf_counter() - middle}
 
 
@@ -124,10 +130,11 @@ def measure(options):
 
 def rows_of(found):
     """The table of one JSON file as rows of text."""
-    rows = [["tower", "blocks", "tracing", "compiling", "temporary MiB"]]
+    rows = [["tower", "blocks", "tracing", "compiling", "temporary MiB", "GFLOP"]]
     for tower, ways in found["towers"].items():
         for name, way in ways.items():
             size = way["temporary_bytes"]
+            flops = way.get("flops")
             rows.append(
                 [
                     tower,
@@ -135,6 +142,7 @@ def rows_of(found):
                     f"{way['trace_seconds']:.1f} s",
                     f"{way['compile_seconds']:.1f} s",
                     "does not fit" if size is None else f"{size / MIB:,.0f}",
+                    f"{flops / 1e9:,.0f}" if flops else "",
                 ]
             )
     return rows
