@@ -4,6 +4,13 @@ python -m unicl_jax.main --config=configs/quickstart.py --workdir=runs/quickstar
 
 Five minutes on two CPU cores. `:captions` and `:labels` train the same model for the
 same steps on one kind of data alone; `:long` trains the mixture three times as long.
+
+`:lit` trains a text tower to an image tower that stays as it is (arXiv 2111.07991):
+
+python -m unicl_jax.main --config=configs/baselines/cross_entropy.py \
+  --workdir=runs/cross_entropy
+python -m unicl_jax.main --config=configs/quickstart.py:lit --workdir=runs/lit \
+  --config.init_from=runs/cross_entropy
 """
 
 from unicl_jax import config as config_lib
@@ -19,7 +26,7 @@ KINDS = {"captions": ("image_text",), "labels": ("image_label",)}
 
 
 def get_config(variant: str = ""):
-    config_lib.check_variant(variant, ("captions", "labels", "long"))
+    config_lib.check_variant(variant, ("captions", "labels", "lit", "long"))
     config = config_lib.default()
     config.batch_size = 256
     config.total_steps = 4200 if variant == "long" else 1400
@@ -51,6 +58,8 @@ def get_config(variant: str = ""):
             config.data.sources[name] = dict(
                 format="quickstart", path=name, kind=kind, weight=weight
             )
+    if variant == "lit":
+        config.frozen = ("image",)
     config.data.mixture = "weights"
     config.data.templates = "short"
     config.data.share_prompts = True
