@@ -1,13 +1,16 @@
 """What a run reports: the console, `metrics.jsonl`, TensorBoard event files."""
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+_FLUSH_SECONDS = 60  # between writes of events to disk
 
 
 class Metrics:
@@ -19,7 +22,13 @@ class Metrics:
     nothing had happened.
     """
 
-    def __init__(self, workdir: Path, first_step: int, active: bool):
+    def __init__(
+        self,
+        workdir: Path,
+        first_step: int,
+        active: bool,
+        say: Callable[[str], None] = print,
+    ):
         """Opens the files.
 
         Args:
@@ -27,23 +36,23 @@ class Metrics:
           first_step: updates made before; later steps will be written again, and so
             will the evaluation of this one.
           active: whether this process writes.
+          say: where a line goes that says that something could not be written.
         """
-        self._active = active
+        self._active, self._say, self._is_failing = active, say, False
+        self._file = self._board = None
         if not active:
             return
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            lines = [x for x in path.read_text().splitlines() if _kept(x, first_step)]
-            temporary = path.with_suffix(".new")
-            temporary.write_text("".join(f"{x}\n" for x in lines))
-            temporary.replace(path)
-        # Imported here: where PyTorch is installed, it imports that too.
-        from tensorboardX import SummaryWriter
+        self._path = workdir / "metrics.jsonl"
 
-        self._file = path.open("a")
-        self._board = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=first_step + 1
-        )
+        def is_kept(row):
+            is_evaluation = any(k.startswith("eval/") for k in row)
+            return row["step"] < first_step + (not is_evaluation)
+
+        with self._trying():
+            if self._path.exists():
+                of_steps_before(self._path, is_kept)
+            self._file = self._path.open("a")
+            self._board = _Board(workdir / "tensorboard", first_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends one step's scalars to both files.
@@ -52,27 +61,89 @@ class Metrics:
           step: how many updates were made.
           scalars: finite or not; JSON gets null for what it cannot say.
         """
-        if not self._active:
-            return
         values = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for key, value in scalars.items():
-            self._board.add_scalar(key, value, step)
+        if self._file is not None:
+            with self._trying():
+                self._file.write(json.dumps({"step": step, **values}) + "\n")
+                self._file.flush()  # what fails stays in its buffer for the next time
+        if self._board is not None:
+            with self._trying():
+                self._board.write(step, scalars)
 
     def close(self) -> None:
         """Closes both files."""
-        if self._active:
-            self._file.close()
-            self._board.close()
+        for file in (self._file, self._board):
+            if file is not None:
+                with self._trying():
+                    file.close()
+        self._file = self._board = None
+
+    @contextlib.contextmanager
+    def _trying(self):
+        """What a full disk refuses is said once; a run is worth more than its curve."""
+        try:
+            yield
+        except OSError as error:
+            if not self._is_failing:
+                self._is_failing = True
+                self._say(
+                    f'metrics cannot be written to "{self._path.parent}" '
+                    f"({error.strerror}): training goes on, lines may be missing"
+                )
 
 
-def _kept(line, first_step):
-    try:
-        row = json.loads(line)
-        return row["step"] < first_step + (not any(k.startswith("eval/") for k in row))
-    except (ValueError, KeyError, TypeError):
-        return False  # a line that a kill cut off
+class _Board:
+    """Event files for TensorBoard.
+
+    Written from the main thread: tensorboardX's own writer has one of its own, which
+    dies of a full disk, and whose queue then blocks the run.
+    """
+
+    def __init__(self, directory, first_step):
+        # Imported here: where PyTorch is installed, it imports that too.
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        directory.mkdir(exist_ok=True)
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._writer = event_file_writer.EventsWriter(str(directory / "events"))
+        # TensorBoard forgets what earlier starts wrote of these steps.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        for more in (dict(file_version="brain.Event:2"), dict(session_log=start)):
+            self._writer.write_event(self._event(step=first_step, **more))
+        self._flushed = time.monotonic()
+
+    def write(self, step, scalars):
+        for key, value in scalars.items():
+            summary, now = self._scalar(key, value), time.time()
+            event = self._event(step=step, wall_time=now, summary=summary)
+            self._writer.write_event(event)
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._flushed = time.monotonic()
+            self._writer.flush()
+
+    def close(self):
+        self._writer.close()
+
+
+def of_steps_before(path: Path, is_kept: Callable[[dict], bool]) -> None:
+    """Drops lines of a JSONL file, at once: a kill leaves the old file or the new one.
+
+    Args:
+      path: of the file.
+      is_kept: of an object; lines that hold none, which a kill cut off, are dropped.
+    """
+
+    def is_kept_line(line):
+        try:
+            return is_kept(json.loads(line))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return False
+
+    lines = [x for x in path.read_text(errors="replace").splitlines() if x]
+    temporary = path.with_suffix(".new")
+    temporary.write_text("".join(f"{x}\n" for x in lines if is_kept_line(x)))
+    temporary.replace(path)
 
 
 def read(workdir: Path) -> list[dict[str, float]]:
