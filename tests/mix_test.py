@@ -532,7 +532,7 @@ def test_a_run_mixes_every_step_and_goes_on_to_the_same_bits(
         assert logged(tmp_path / "plain")[0]["loss"] != rows[0]["loss"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            train._StopRequest,
+            train.StopRequest,
             "requested",
             lambda self, step: signal.SIGTERM if step == 2 else 0,
         )

@@ -142,7 +142,8 @@ def timeless(workdir):
 
 
 def saved_steps(workdir):
-    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*"))
+    names = (p.name for p in (workdir / "checkpoints").glob("[0-9]*"))
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def saved(workdir, step=None):
@@ -170,14 +171,14 @@ def assert_same_bits(a, b):
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
     """Sends this process a signal while a step runs, once."""
-    original = train._StopRequest.requested
+    original = train.StopRequest.requested
 
     def requested(self, at):
         if at == step:
             os.kill(os.getpid(), number)
         return original(self, at)
 
-    monkeypatch.setattr(train._StopRequest, "requested", requested)
+    monkeypatch.setattr(train.StopRequest, "requested", requested)
 
 
 @pytest.fixture(scope="session")
@@ -573,7 +574,8 @@ def test_a_non_finite_loss_is_named_and_the_state_before_it_is_saved(
     assert arrays["['step']"] == step - 1
     for path, array in arrays.items():
         assert np.isfinite(array).all(), path
-    assert [row["step"] for row in rows(tmp_path)] == list(range(1, step))
+    logged = [row["step"] for row in rows(tmp_path) if "loss" in row]
+    assert logged == list(range(1, step))
     # The same command meets the same step: the batch is what it was.
     with pytest.raises(train.NonFiniteLoss, match=f"step {step} gave"):
         train.run(config, tmp_path)
@@ -729,7 +731,9 @@ def saved_state(workdir, step):
         return manager.restore(step, args=args)["state"]
 
 
-def test_where_there_is_nothing_to_start_from_it_is_said(whole, make_config, tmp_path):
+def test_where_there_is_nothing_to_start_from_it_is_said(
+    whole, make_config, tmp_path, capsys
+):
     with pytest.raises(InputError, match="workdir of a run that saved.*holds no"):
         train.run(make_config(init_from=str(tmp_path / "nowhere")), tmp_path / "run")
     other = make_config(init_from=str(whole[0]), model__text__num_layers=2)
@@ -750,20 +754,11 @@ def test_where_there_is_nothing_to_start_from_it_is_said(whole, make_config, tmp
     (torn / "checkpoints/6/state/_METADATA").write_text("")
     with pytest.raises(InputError, match="init_from must hold a whole .*remove that s"):
         train.run(make_config(init_from=str(torn)), tmp_path / "third")
-    with pytest.raises(InputError, match="checkpoint 6 must hold this.*failed.*Remove"):
-        train.run(make_config(), torn)  # and so does the run itself
-
-
-@pytest.mark.parametrize("data", ["{}", '{"step": 3}', "null"])
-def test_a_checkpoint_without_its_data_position_is_refused(
-    data, whole, make_config, tmp_path
-):
-    shutil.copytree(whole[0], tmp_path / "run")
-    file = tmp_path / "run" / "checkpoints" / "6" / "data" / "metadata"
-    assert json.loads(file.read_text()) == {"step": 6}
-    file.write_text(data)
-    with pytest.raises(InputError, match="checkpoint 6 must hold its data position"):
-        train.run(make_config(), tmp_path / "run")
+    # The run itself goes on from the one before it, to the same bits.
+    train.run(make_config(), torn)
+    assert "checkpoint 6 is damaged: reading it failed" in capsys.readouterr().out
+    assert (torn / "checkpoints" / "6.damaged").is_dir()
+    assert_same_bits(saved(torn), saved(whole[0]))
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told_once_and_not_tried_again(
@@ -776,7 +771,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_once_and_not_tried_again(
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand more")
 
     monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
-    with pytest.raises(NotSaved, match="No space left on device.; none is whole. Make"):
+    with pytest.raises(NotSaved, match="No space left on device.; none is there. Make"):
         train.run(make_config(), tmp_path)
     assert tries == [3]
 

@@ -1,7 +1,8 @@
-"""Saving and restoring a run; the only room that knows Orbax."""
+"""Saving and restoring a run; with `restoring`, the rooms that know Orbax."""
 
 import contextlib
-from collections.abc import Collection
+import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from unicl_jax.digest import digest
 from unicl_jax.errors import InputError
+from unicl_jax.restoring import first_line, newest_whole
 from unicl_jax.step import TrainState
-from unicl_jax.workdir import has_saved
+from unicl_jax.workdir import has_saved, saved_steps
 
 
 def _write_small_arrays_whole():
@@ -40,29 +43,52 @@ class NotSaved(RuntimeError):
     """A checkpoint could not be written: a full disk, a directory that is gone."""
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which would ask for preemption in a numbering of its own."""
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False  # see signals.StopRequest
+
+
 class Checkpoints:
     """The checkpoints of a run: written in the background, whole or not at all.
 
-    A checkpoint holds the training state and the data position. Orbax writes to a
-    temporary directory and renames it when all of it is there, so a kill at any moment
-    leaves the newest whole one to go on from.
+    A checkpoint holds the training state, the data position and a digest of the state's
+    arrays. Orbax writes to a temporary directory and renames it when all of it is
+    there, so a kill at any moment leaves the newest whole one to go on from.
     """
 
-    def __init__(self, workdir: Path, kept: int):
-        """Opens `workdir/checkpoints`.
+    def __init__(self, workdir: Path, kept: int, keep_every: int = 0):
+        """Opens `workdir/checkpoints`; what kills have left there is removed.
 
         Args:
           workdir: of the run.
           kept: how many of the newest to keep.
-        """
-        self._directory = workdir / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=kept)
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
-        self._failed = False
+          keep_every: multiples of this many steps are kept, too; 0: none.
 
-    def latest_step(self) -> int | None:
-        """The step of the newest whole checkpoint, or None."""
-        return self._manager.latest_step()
+        Raises:
+          NotSaved: if nothing can be written there.
+        """
+        self._directory, self._failed = workdir / "checkpoints", False
+        policy = ocp.checkpoint_managers.preservation_policy
+        preserved = [policy.LatestN(kept)]
+        if keep_every:
+            preserved.append(policy.EveryNSteps(keep_every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy.AnyPreservationPolicy(preserved),
+            # In the background a directory that cannot be made is told after 20
+            # minutes, for which its files wait.
+            async_options=ocp.options.AsyncOptions(
+                create_directories_asynchronously=False
+            ),
+        )
+        self._manager = None
+        with self._saving():
+            if jax.process_index() == 0:
+                for torn in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(torn)
+            self._manager = _Manager(self._directory, options=options)
 
     def save(self, state: TrainState, data_state: dict[str, Any]) -> bool:
         """Starts to save; returns when the arrays are copied, before they are written.
@@ -83,47 +109,33 @@ class Checkpoints:
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(_filled(state)),
             data=ocp.args.JsonSave(data_state),
+            digest=ocp.args.JsonSave(digest(state._asdict())),
         )
         with self._saving():
             return self._manager.save(step, args=arguments, force=True)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads the newest whole checkpoint.
+    def restore(
+        self, like: TrainState, say: Callable[[str], None] = print
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """Reads the newest whole checkpoint; damaged ones are said and set aside.
 
         Args:
-          like: a state of the right shapes, dtypes and shardings.
+          like: shapes, dtypes and shardings: of any mesh, whatever it was saved on.
+          say: where lines about damage go.
 
         Returns:
-          The state, laid out as `like`, and the data position.
+          The state, laid out as `like`, and the data position; None if there is none.
 
         Raises:
-          InputError: if the checkpoint does not fit the model or cannot be read.
+          InputError: if the checkpoint does not fit the model, or none is whole.
         """
-        step = self.latest_step()
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _filled(like))
-        self._check_shapes(step, abstract["params"])
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-        )
         try:
-            restored = self._manager.restore(step, args=arguments)
-        except Exception as error:  # of any type, as what writing raises
+            found = newest_whole(self._directory, like, say, self._check_model)
+        except Exception:
             self._give_up()
-            raise InputError(
-                f"checkpoint {step} must hold this model's state: reading "
-                f'"{self._directory / str(step)}" failed '
-                f"({_first_line(error)}). Remove that "
-                "directory to go on from the checkpoint before it."
-            ) from error
-        data = restored["data"]
-        if (data or {}).get("step") != step:
-            self._give_up()
-            raise InputError(
-                f"checkpoint {step} must hold its data position, step {step}: "
-                f'"{self._directory / str(step)}" holds {data}. Remove that directory '
-                "to go on from the checkpoint before it."
-            )
-        return like._replace(**restored["state"]), data
+            raise
+        self._manager.reload()
+        return found
 
     def wait(self) -> None:
         """Returns when everything started is on disk; NotSaved if it cannot be."""
@@ -149,23 +161,17 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax raises what its threads met, of any type
             self._failed = True
-            reason = _first_line(error)
-            kept = self._manager.latest_step()
-            newest = "none is whole" if kept is None else f"the newest whole is {kept}"
+            kept = saved_steps(self._directory.parent)
+            newest = f"the newest there is {kept[-1]}" if kept else "none is there"
             raise NotSaved(
                 f'checkpoints must be written to "{self._directory}": one could not be '
-                f"({reason}); {newest}. Make room, and run the same command again."
+                f"({first_line(error)}); {newest}. Make room there, or see to it that "
+                "it can be written, and run the same command again."
             ) from error
 
-    def _check_shapes(self, step, params):
+    def _check_model(self, step, saved, params):
         """Refuses another model's checkpoint before Orbax tries to fit it."""
-        directory = self._manager.directory / str(step) / "state"
-        try:
-            saved = ocp.StandardCheckpointHandler().metadata(directory).tree["params"]
-        except Exception:  # damaged: reading it says how
-            return
         if differ := differences(saved, params):
-            self._give_up()
             raise InputError(
                 f'checkpoint {step} in "{self._directory}" must be of this model: '
                 f"{len(differ)} arrays differ, as {'; '.join(differ[:2])}. Go on with "
@@ -255,7 +261,7 @@ def load_towers(
     except Exception as error:
         raise InputError(
             f'init_from must hold a whole checkpoint: reading "{path}" failed '
-            f"({_first_line(error)}); name another run's workdir, or remove that step."
+            f"({first_line(error)}); name another run's workdir, or remove that step."
         ) from error
     finally:
         manager.close()
@@ -307,7 +313,7 @@ def read_towers(workdir: str | Path) -> tuple[Any, Any]:
         except Exception as error:
             raise InputError(
                 f'a run must hold a whole checkpoint: reading "{path}" failed '
-                f"({_first_line(error)})."
+                f"({first_line(error)})."
             ) from error
     return {**state.get("params", {}), **state.get("ema", {})}, state["model_state"]
 
@@ -320,11 +326,6 @@ def _filled(state: TrainState) -> dict[str, Any]:
 
 def _abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
-def _first_line(error: Exception) -> str:
-    """What an error of Orbax says, without the pages of settings that follow."""
-    return str(error).splitlines()[0][:200] if str(error) else repr(error)
 
 
 def differences(theirs: Any, ours: Any) -> list[str]:

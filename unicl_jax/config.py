@@ -16,7 +16,11 @@ FREE = (
     "log_every_steps",
     "evaluate_every_steps",
     "checkpoint_every_steps",
+    "checkpoint_every_minutes",
     "checkpoints_kept",
+    "checkpoints_keep_every",
+    "max_nonfinite",
+    "hang_minutes",
     "evaluations",
     "mesh",
     "micro_batches",
@@ -139,7 +143,15 @@ def default() -> ConfigDict:
     c.evaluations = ConfigDict()  # zero-shot tasks by name: a source and `templates`
     c.evaluate_every_steps = 1000
     c.checkpoint_every_steps = 1000
-    c.checkpoints_kept = 2
+    c.checkpoint_every_minutes = 0.0  # since the last one, too; 0: by steps alone
+    c.checkpoints_kept = 2  # the newest; older ones are deleted
+    c.checkpoints_keep_every = 0  # multiples of this many steps never are; 0: none
+    # Steps in a row whose loss or gradient is not finite: each update is skipped. One
+    # more, and the run stops.
+    c.max_nonfinite = 3
+    # Without a step, or a batch of an evaluation, for so long, a process writes where
+    # it stands and ends, to be started again; 0: it waits for ever.
+    c.hang_minutes = 30.0
     c.log_every_steps = 50
     return c
 

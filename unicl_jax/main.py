@@ -55,9 +55,10 @@ def main(argv: Sequence[str]) -> int:
       argv: as `sys.argv`.
 
     Returns:
-      The exit code: 0; 2 for wrong input, 3 for a non-finite loss, 4 for a checkpoint
+      The exit code: 0; 2 for wrong input, 3 for non-finite losses, 4 for a checkpoint
       that could not be written, 6 for a process that is missing, 128 + the signal's
-      number when stopped by one; see `exit_codes`.
+      number when stopped by one; see `exit_codes`. The watchdog's thread ends a process
+      that hangs, with 5.
     """
     try:
         parse(argv)

@@ -84,6 +84,7 @@ def make_program(
         mesh=mesh,
         micro_batches=config.micro_batches,
         ema_decay=config.ema_decay,
+        max_nonfinite=config.max_nonfinite,
     )
     return Program(
         objective,

@@ -17,10 +17,11 @@ from unicl_jax.objectives import Forward, Objective, positives
 class TrainState(NamedTuple):
     """All that training carries from step to step, and all that is saved of it."""
 
-    step: jax.Array  # int32 scalar: how many updates were made
+    step: jax.Array  # int32 scalar: steps done, skipped updates among them
     params: Any
     model_state: Any  # batch-norm statistics; empty dicts for other towers
     opt_state: Any
+    nonfinite: Any  # int32 scalars: updates skipped, "total" and "in_a_row"
     ema: Any = {}  # averages over steps of what learns; empty: none are kept
 
 
@@ -64,6 +65,14 @@ def _moved(ema, params, decay, step):
     )
 
 
+# What fields hold in a run whose checkpoint is older than they are, of the others.
+ADDED = {"nonfinite": lambda state: _none_skipped(), "ema": lambda state: {}}
+
+
+def _none_skipped():
+    return dict(total=jnp.int32(0), in_a_row=jnp.int32(0))
+
+
 def init_state(
     model: TwoTower,
     objective: Objective,
@@ -92,8 +101,9 @@ def init_state(
         params = {**params, "objective": own}
     learning = _without(params, (*frozen, *objective.unused))
     opt_state = optimizer.init(learning)
+    nonfinite = _none_skipped()
     ema = jax.tree.map(jnp.copy, learning) if ema_decay else {}
-    return TrainState(jnp.int32(0), params, model_state, opt_state, ema=ema)
+    return TrainState(jnp.int32(0), params, model_state, opt_state, nonfinite, ema)
 
 
 def make_train_step(
@@ -110,6 +120,7 @@ def make_train_step(
     mesh: Mesh | None = None,
     micro_batches: int = 1,
     ema_decay: float = 0.0,
+    max_nonfinite: int = 0,
 ) -> Callable:
     """Builds the train step: augment, embed, compare, update.
 
@@ -130,6 +141,8 @@ def make_train_step(
       micro_batches: parts in which the towers embed the batch; see
         `losses.in_micro_batches`.
       ema_decay: of the parameters' averages; see `averaged`. 0: none are kept.
+      max_nonfinite: steps in a row whose loss or gradient may be NaN or infinite: each
+        is skipped, counted, and nothing but the counts and the step changes.
 
     Returns:
       `train_step(state, batch, step) -> (state, metrics)`. `batch` holds `image`
@@ -137,10 +150,11 @@ def make_train_step(
       [T, L] and `text_index` [B] int32, row i's text being `tokens[text_index[i]]`, so
       that equal texts are encoded once. `caption` [B, 2] int32, where it is there, says
       which captions are equal. `step` is the number of the step the batch was
-      drawn for: where it is not the state's own, or a loss or gradient is not finite,
-      the state stays as it was. A run that met NaN therefore still holds its last good
-      state, however many steps were dispatched before the host saw it. `metrics` are
-      float32 scalars.
+      drawn for: where it is not the state's own, or one more than `max_nonfinite` is
+      not finite, the state stays as it was, step and counts included, and the metric
+      `halted` is 1. A run that met NaN therefore still holds its last good state,
+      however many steps were dispatched before the host saw it. `metrics` are float32
+      scalars; `nonfinite` counts the skipped updates of the run.
     """
 
     def train_step(state, batch, step):
@@ -169,21 +183,24 @@ def make_train_step(
         learning = _without(state.params, (*frozen, *objective.unused))
         (loss, (metrics, model_state)), grads = value_and_grad(learning)
         grad_norm = optax.tree.norm(grads)
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (state.step == step)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        total, in_a_row = state.nonfinite["total"], state.nonfinite["in_a_row"]
+        good = is_finite & (state.step == step)
+        skipped = ~is_finite & (state.step == step) & (in_a_row < max_nonfinite)
+        counts = dict(
+            total=total + skipped,
+            in_a_row=jnp.where(good, 0, in_a_row + skipped),
+        )
 
         def update(state):
             updates, opt_state = optimizer.update(grads, state.opt_state, learning)
             new = optax.apply_updates(learning, updates)
             params, ema = {**state.params, **new}, state.ema
             if ema_decay:
-                ema = _moved(ema, new, ema_decay, state.step)
+                ema = _moved(ema, new, ema_decay, state.step - total)
             norm = jnp.float32(optax.tree.norm(updates))
             return state._replace(
-                step=state.step + 1,
-                params=params,
-                model_state=model_state,
-                opt_state=opt_state,
-                ema=ema,
+                params=params, model_state=model_state, opt_state=opt_state, ema=ema
             ), norm
 
         scale = objective.logit_scale or model.logit_scale
@@ -193,11 +210,15 @@ def make_train_step(
             "loss": loss,
             "label_share": (batch["label"] != NO_LABEL).mean(),
             "logit_scale": scale(state.params),
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(state.step - total),  # optax counts updates
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(state.params),
+            "nonfinite": counts["total"],
+            "halted": ~(good | skipped),
         }
         state, metrics["update_norm"] = _only_if(good, update, state)
+        # Outside of the branch: all that a skipped update changes.
+        state = state._replace(step=state.step + (good | skipped), nonfinite=counts)
         return state, {k: jnp.float32(v) for k, v in metrics.items()}
 
     return train_step

@@ -1,13 +1,12 @@
 """The run, read from top to bottom. It owns no maths: see `step` and `losses`."""
 
+import contextlib
 import math
-import signal
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from unicl_jax import (
@@ -23,23 +22,18 @@ from unicl_jax import (
 from unicl_jax.analysis import end_of_run
 from unicl_jax.checkpoint import Checkpoints, NotSaved
 from unicl_jax.metrics import ConsoleProgress, Metrics, StepTimer
+from unicl_jax.nonfinite import NonFiniteSteps
 from unicl_jax.optimizer import make_optimizer
 from unicl_jax.program import make_program
+from unicl_jax.save_clock import SaveClock
+from unicl_jax.signals import Interrupted, Stopped, StopRequest
 from unicl_jax.step import averaged, start_ema
+from unicl_jax.watchdog import COMPILING, Watchdog
 from unicl_jax.workdir import has_saved, keep_concepts, keep_records, prepare_workdir
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient was NaN or infinite; the last good state was saved."""
-
-
-class Stopped(RuntimeError):
-    """Ctrl-C or SIGTERM came; the state was saved. `signal` is its number."""
-
-    def __init__(self, message: str, signal_number: int):
-        """Keeps the signal for the exit code."""
-        super().__init__(message)
-        self.signal = signal_number
+    """Too many losses or gradients were not finite; the last good state is saved."""
 
 
 def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -118,26 +112,37 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         if task.path  # "" until it is set on the command line, say
     ]
 
-    # 3. State: made on the devices it lives on, or read from the newest checkpoint.
-    state = program.init()
-    checkpoints = Checkpoints(workdir, config.checkpoints_kept)
-    if checkpoints.latest_step() is not None:
-        state, data_state = checkpoints.restore(state)
-        batches.restore(data_state)
-    batches.keep_skipped(workdir)
+    # 3. State: read from the newest whole checkpoint, or made, on the devices it lives
+    #    on.
+    checkpoints = Checkpoints(
+        workdir, config.checkpoints_kept, config.checkpoints_keep_every
+    )
     started_from = []
+    if found := checkpoints.restore(program.state, started_from.append):
+        state, data_state = found
+        batches.restore(data_state)
+    else:
+        state = program.init()
+    batches.keep_skipped(workdir)
+    is_replaced = bool(starts)
     while starts:  # whose weights the host need not hold any longer
         state, said = init_from.apply(starts.pop(0), state)
         started_from.append(said)
-    if started_from:
+    if is_replaced:
         state = start_ema(state)
     first_step = int(state.step)
 
     # 4. The loop. Step n is dispatched, then step n - 1 is written: the host's work
     #    hides behind the device's.
-    metrics = Metrics(workdir, first_step, active=is_first)
     progress = ConsoleProgress(config.total_steps, first_step, active=is_first)
-    timer, stop = StepTimer(first_step), _StopRequest()
+    metrics = Metrics(workdir, first_step, is_first, progress.say)
+    nonfinite = NonFiniteSteps(
+        workdir, first_step, is_first, config.max_nonfinite, progress.say
+    )
+    linger = 5 if jax.process_count() > 1 else 0
+    watchdog = Watchdog(workdir, config.hang_minutes, jax.process_index(), linger)
+    clock, stop = SaveClock(config.checkpoint_every_minutes), StopRequest()
+    timer = StepTimer(first_step)
     ready = data.in_equal_shapes(timer.timed(batches), slots, mesh)
     compiled = set()  # shapes of texts that there is a program for
     scores: dict[str, evaluation.Scores] = {}
@@ -145,17 +150,24 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     def write_pending():
         """Looks at the step before; writes it if its turn has come."""
+        nonlocal pending
         if pending is None:
             return
-        step, scalars = pending[0], jax.device_get(pending[1])
+        (step, scalars), pending = pending, None
+        watchdog.at(f"step {step}, on the devices")
+        scalars = jax.device_get(scalars)
         if not (math.isfinite(scalars["loss"]) and math.isfinite(scalars["grad_norm"])):
+            nonfinite.add(step, scalars, batches.records)
+        if scalars.pop("halted"):
             save()
             kept = " The state before that step is saved." if step > 1 else ""
             raise NonFiniteLoss(
                 f"loss and gradients must be finite: step {step} gave loss "
-                f"{scalars['loss']} and gradient norm {scalars['grad_norm']}.{kept} "
-                "Look at the data of that step; or start anew, in another workdir, "
-                "with a lower optimizer.learning_rate or with optimizer.clip_norm."
+                f"{scalars['loss']} and gradient norm {scalars['grad_norm']}, and so "
+                f"did the {config.max_nonfinite} before it (max_nonfinite).{kept} Look "
+                "at its records, in nonfinite.jsonl; or start anew, in another "
+                "workdir, with a lower optimizer.learning_rate or with "
+                "optimizer.clip_norm."
             )
         if step % config.log_every_steps == 0 or step == config.total_steps:
             scalars = {k: float(v) for k, v in scalars.items()}
@@ -168,12 +180,22 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     def save():
         if (step := int(state.step)) > first_step:  # else there is nothing new
+            watchdog.at(f"saving step {step}")
             checkpoints.save(state, {"step": step})
+            clock.restart()
 
     def evaluate(step):
+        def between_batches():
+            watchdog.at(f"evaluating step {step}")
+            if stop.requested(step):
+                raise Interrupted
+
+        watchdog.at(f"evaluating step {step}", COMPILING)
         for task in tasks:
             progress.status(f"evaluating {task.name}")
-            scores[task.name] = task(averaged(state), state.model_state)
+            scores[task.name] = task(
+                averaged(state), state.model_state, between_batches
+            )
         keyed = _by_metric_key(scores, config.ema_decay)
         if keyed:
             metrics.write(step, keyed)
@@ -197,13 +219,16 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             if first_step % config.evaluate_every_steps == 0:
                 evaluate(first_step)
         for step in range(first_step + 1, config.total_steps + 1):
-            batch = sharding.global_batch(mesh, next(ready))
+            watchdog.at(f"the data of step {step}")
+            with stop.waiting():
+                batch = next(ready)
+            batch = sharding.global_batch(mesh, batch)
             shape = jax.tree.leaves(batch["tokens"])[0].shape
             if is_new := shape not in compiled:
                 compiled.add(shape)
                 write_pending()  # its time is without this compilation
-                pending = None
                 progress.status("compiling")
+                watchdog.at(f"compiling step {step}", COMPILING)
             start = time.perf_counter()
             state, scalars = program.train_step(state, batch, np.int32(step - 1))
             if is_new:
@@ -216,26 +241,29 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 timer.restart(step)
             write_pending()
             pending = (step, scalars)
-            stopping = stop.requested(step)
-            saving = step % config.checkpoint_every_steps == 0
-            evaluating = step % config.evaluate_every_steps == 0 or stopping
-            if saving or evaluating or step == config.total_steps:
+            if stop.requested(step):
+                raise Interrupted
+            saving = clock.due(step) or _is_due(step, config)
+            evaluating = step % config.evaluate_every_steps == 0
+            if saving or evaluating:
                 write_pending()
-                pending = None
-                if saving or stopping or step == config.total_steps:
+                if saving:
                     save()
-                if evaluating and not stopping and step < config.total_steps:
+                if evaluating and step < config.total_steps:
                     evaluate(step)
                 timer.restart(step)
-            if stopping:
-                raise Stopped(f"stopped at step {step}, saved.", stopping)
         # 5. The end: the last evaluation, a table and two pictures.
         evaluate(config.total_steps)
         progress.close()
         if is_first:
             for line in end_of_run(workdir, tasks, scores, config.evaluations):
                 progress.say(line)
-    except (NonFiniteLoss, Stopped, NotSaved):
+    except Interrupted:
+        write_pending()
+        save()
+        at = int(state.step)
+        raise Stopped(f"stopped at step {at}, saved.", stop.signal) from None
+    except (NonFiniteLoss, NotSaved):
         raise
     except Exception:
         # The data failed, say: what was learnt so far is kept. With several processes
@@ -245,12 +273,23 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             write_pending()
         raise
     finally:
-        progress.close()
-        stop.restore()
-        batches.close()
-        metrics.close()
-        checkpoints.close()
+        with contextlib.ExitStack() as last:  # each of them, whatever the others raise
+            for close in (
+                *(watchdog.close, stop.restore, batches.close),
+                *(checkpoints.close, metrics.close, progress.close),
+            ):
+                last.callback(close)
     return _by_metric_key(scores, config.ema_decay)
+
+
+def _is_due(step, config) -> bool:
+    """Whether a step is one to save at, whatever the clock says."""
+    keep_every = config.checkpoints_keep_every
+    return (
+        step % config.checkpoint_every_steps == 0
+        or bool(keep_every and step % keep_every == 0)
+        or step == config.total_steps
+    )
 
 
 def _by_metric_key(scores, ema_decay) -> dict[str, float]:
@@ -259,36 +298,3 @@ def _by_metric_key(scores, ema_decay) -> dict[str, float]:
         name += "_ema" if ema_decay else ""  # whose parameters it scores
         keyed[f"eval/{name}_top1"], keyed[f"eval/{name}_top5"] = score.top1, score.top5
     return keyed
-
-
-class _StopRequest:
-    """Whether Ctrl-C, SIGTERM or a cluster's notice asks the run to save and stop."""
-
-    def __init__(self):
-        """Takes the signals over; a second one has its usual effect."""
-        self._signal = 0
-        self._old = {}
-        # With several processes jax's own notifier holds SIGTERM, so that all of them
-        # learn of it and stop at the same step.
-        if jax.process_count() == 1:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._handle)
-
-    def _handle(self, number, frame):
-        del frame
-        self._signal = number
-        self.restore()
-
-    def requested(self, step: int) -> int:
-        """The signal that asks for it, or 0; the same on all processes."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(
-            step
-        ):
-            return signal.SIGTERM
-        return self._signal
-
-    def restore(self) -> None:
-        """Gives the signals back."""
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._old = {}

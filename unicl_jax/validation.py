@@ -89,6 +89,16 @@ def _check_counts(config):
             yield InputError(
                 f"{field} must be a whole number of at least 1: got {config[field]}."
             )
+    for field in ("checkpoints_keep_every", "max_nonfinite"):
+        if type(config[field]) is not int or not 0 <= config[field] < 2**31:
+            yield InputError(
+                f"{field} must be a whole number of at least 0: got {config[field]}."
+            )
+    for field in ("checkpoint_every_minutes", "hang_minutes"):
+        if not config[field] >= 0:
+            yield InputError(
+                f"{field} must be at least 0, which is never: got {config[field]}."
+            )
 
 
 def _check_batch(config, num_devices, num_processes):

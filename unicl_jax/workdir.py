@@ -130,10 +130,15 @@ def keep_records(
 
 
 def has_saved(workdir: str | Path) -> bool:
-    """Whether a run has a whole checkpoint: not one that a kill left half written."""
+    """Whether a run has a checkpoint: not one that a kill left half written."""
+    return bool(saved_steps(workdir))
+
+
+def saved_steps(workdir: str | Path) -> list[int]:
+    """The steps of a run's checkpoints, in order."""
     # Orbax writes to "6.orbax-checkpoint-tmp", and renames it to "6".
     found = (Path(workdir) / "checkpoints").glob("[0-9]*")
-    return any(path.name.isdigit() for path in found)
+    return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
 def saved_config(workdir: str | Path) -> dict[str, Any]:

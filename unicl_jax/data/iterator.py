@@ -4,6 +4,7 @@ import collections
 import functools
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ Batch = dict[str, Any]
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 CACHED_TEXTS = 1 << 16  # 20 MB of tokens at 77 slots
 _CACHED_CHARS = 1000
+_LAST_READ = 10  # seconds that a thread which is no longer needed is waited for
 KEPT = 64  # batches whose figures can be asked for, those read ahead among them
 
 
@@ -182,6 +184,25 @@ class TrainIterator:
         epochs = {f"epochs/{k}": v for k, v in self.sampler.epochs(step).items()}
         return self._figures[step] | rows | epochs
 
+    def records(self, step: int) -> list[dict[str, Any]]:
+        """Which records a step's batch is planned of; nothing is read.
+
+        Args:
+          step: of the training: 1 is the first.
+
+        Returns:
+          Of each row of the global batch `source`, `index` and, if the source lies in
+          files, `key`. In the place of an unreadable record the row holds the next
+          one; `skipped.jsonl` lists those.
+        """
+        plan, found = self._plan(step - 1), []
+        for s, index in zip(plan.source.tolist(), plan.index.tolist(), strict=True):
+            source = self.sources[s]
+            found.append(dict(source=source.name, index=index))
+            if hasattr(source, "key"):
+                found[-1]["key"] = source.key(index)
+        return found
+
     def __iter__(self):
         """Returns itself; the batches never end."""
         return self
@@ -319,7 +340,9 @@ class TrainIterator:
 
 def _end(worker, out, stop):
     stop.set()
-    while worker.is_alive():  # it may be waiting to put
+    patience = time.monotonic() + _LAST_READ
+    # It may be waiting to put; or for a disk that will never answer.
+    while worker.is_alive() and time.monotonic() < patience:
         try:
             out.get(timeout=0.05)
         except queue.Empty:

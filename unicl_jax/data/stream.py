@@ -98,6 +98,10 @@ class FileSource:
         """Returns the file that a record is, or lies in."""
         return self._reader.where(index)
 
+    def key(self, index: int) -> str:
+        """Returns a record's path, or its shard and the place there, "a.tar#512"."""
+        return self._reader.key(index)
+
     def encoded(self, index: int) -> bytes:
         """Returns a record's image file, not decoded; b"" if that cannot be read."""
         try:

@@ -137,17 +137,20 @@ class ZeroShotTask:
         """The number of classes."""
         return len(self.source.class_names)
 
-    def __call__(self, params, state) -> Scores:
+    def __call__(
+        self, params, state, between: Callable[[], None] = lambda: None
+    ) -> Scores:
         """Scores a model.
 
         Args:
           params: of the two towers.
           state: of the two towers.
+          between: called after every batch; what it raises ends the evaluation.
 
         Returns:
           The scores, the same on every process.
         """
-        classes = self.class_embeddings(params, state)
+        classes = self.class_embeddings(params, state, between)
         predictions, labels = [], []
         batch, count = self._batch_size(len(self.source)), len(self.source)
         local = batch // jax.process_count()
@@ -169,6 +172,7 @@ class ZeroShotTask:
             ranked, given = self._rank(embeddings, classes, put["label"])
             predictions.append(np.asarray(ranked))
             labels.append(np.asarray(given))
+            between()
         predictions = np.concatenate(predictions)[:count]
         labels = np.concatenate(labels)[:count]
         hits = predictions == labels[:, None]
@@ -176,7 +180,9 @@ class ZeroShotTask:
             float(hits[:, 0].mean()), float(hits.any(1).mean()), predictions, labels
         )
 
-    def class_embeddings(self, params, state) -> np.ndarray:
+    def class_embeddings(
+        self, params, state, between: Callable[[], None] = lambda: None
+    ) -> np.ndarray:
         """The classifier: of each class the mean of its prompts' embeddings, unit.
 
         c_k = unit(mean_t unit(f_text(prompt_t(name_k))))
@@ -184,6 +190,7 @@ class ZeroShotTask:
         Args:
           params: of the two towers.
           state: of the two towers.
+          between: as for a call.
 
         Returns:
           [classes, D] float32.
@@ -203,6 +210,7 @@ class ZeroShotTask:
             put = sharding.global_batch(self._encoders.mesh, dict(tokens=mine))
             encoded = self._encoders.text(params, state, put["tokens"])
             embeddings.append(np.asarray(encoded))
+            between()
         by_class = np.concatenate(embeddings)[:count].reshape(
             self.ways, self._num_templates, -1
         )
