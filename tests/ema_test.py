@@ -129,7 +129,8 @@ def trained(tmp_path):
     params, model_state = jax.jit(two.init)(jax.random.key(0))
     doubled = {k: jax.tree.map(lambda x: 2 * x, v) for k, v in params.items()}
     del doubled["text"]
-    state = TrainState(jnp.int32(4), params, model_state, (), ema=doubled)
+    none = dict(total=jnp.int32(0), in_a_row=jnp.int32(0))
+    state = TrainState(jnp.int32(4), params, model_state, (), none, doubled)
     checkpoints = Checkpoints(tmp_path, 1)
     checkpoints.save(state, {"step": 4})
     checkpoints.close()
