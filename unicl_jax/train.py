@@ -222,6 +222,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             watchdog.at(f"the data of step {step}")
             with stop.waiting():
                 batch = next(ready)
+            watchdog.at(f"the dispatch of step {step}")
             batch = sharding.global_batch(mesh, batch)
             shape = jax.tree.leaves(batch["tokens"])[0].shape
             if is_new := shape not in compiled:
