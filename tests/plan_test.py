@@ -268,6 +268,36 @@ def test_collectives_of_a_program():
     assert found.loops == [7]
 
 
+# As libtpu 0.0.52 writes a gather of weights that it spreads over other work.
+STEPS = """\
+HloModule jit_step, is_scheduled=true
+
+%first (p: f32[4096,128]) -> f32[16384,128] {
+  %all-gather.262 = f32[16384,128]{1,0:T(8,128)} all-gather(%p), channel_id=50, replica_groups=mesh['axis_0'=4,'axis_1'=4] {'axis_1'}, dimensions={0}, use_global_device_ids=true, frontend_attributes={chain_id="13"}
+}
+
+%second (p: f32[4096,128]) -> f32[16384,128] {
+  %all-gather.264 = f32[16384,128]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=50, replica_groups=mesh['axis_0'=4,'axis_1'=4] {'axis_1'}, dimensions={0}, use_global_device_ids=true, frontend_attributes={chain_id="13"}
+}
+
+ENTRY %main (a: f32[4096,128]) -> f32[] {
+  %start = f32[16384,128]{1,0} fusion(%a), kind=kCustom, calls=%first
+  %work = f32[8]{0} fusion(%b), kind=kLoop, calls=%other, backend_config={"estimated_cycles":"700"}
+  %both = f32[8]{0} fusion(%b), kind=kOutput, calls=%second, backend_config={"estimated_cycles":"300"}
+  ROOT %r = f32[] fusion(%both), kind=kLoop, calls=%other, backend_config={"estimated_cycles":"50"}
+}
+"""  # noqa: E501
+
+
+def test_a_collective_in_steps_is_one_and_hidden():
+    found = hlo.read(STEPS, 16, clock=1e9)
+    (gather,) = found.collectives
+    assert (gather.kind, gather.devices) == ("all-gather", 4)
+    assert gather.bytes == 4 * 16384 * 128
+    assert gather.hidden == pytest.approx(1e-6)
+    assert found.cycles == 1050
+
+
 def test_groups_of_devices():
     assert hlo.first_group("replica_groups=[2,4]<=[8]", 8) == [0, 1, 2, 3]
     assert hlo.first_group("replica_groups=[2,4]<=[4,2]T(1,0)", 8) == [0, 2, 4, 6]
