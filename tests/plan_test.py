@@ -365,6 +365,10 @@ def test_the_batch_of_the_paper_packs_its_texts():
     assert batch.arrays["tokens"].ends.shape == (256, 16)
     assert "--text_slots" in batch.assumed[0]
     assert make_batch(config, mesh_of(256), 8).arrays["tokens"].tokens.shape[0] == 256
+    config.micro_batches = 4  # packed each by itself: 4 texts of 62 slots in a row
+    packed = make_batch(config, mesh_of(256)).arrays["tokens"]
+    assert packed.tokens.shape == (1024, 128) and packed.ends.shape == (1024, 4)
+    config.micro_batches = 1
     config.data.text_length = "full"
     assert make_batch(config, mesh_of(4)).arrays["tokens"].shape == (4096, 77)
     config.data.text_length = "bucket"
@@ -412,6 +416,16 @@ def test_state_and_its_division(small):
     assert parameters < whole.memory.optimizer < 2.01 * parameters
     assert divided.memory.state < whole.memory.state / 7
     assert whole.memory.batch == 32 * (32 * 32 * 3 + 4 + 8 + 4 + 4 * 10)
+
+
+def test_averages_are_held_and_micro_batches_save_activations():
+    config, topology = recipe("quickstart"), parse_topology("h100:1")
+    config.ema_decay, config.batch_size = 0.99, 4096
+    whole = plans.estimate_plan(config, topology, 100, None)
+    assert whole.memory.other == pytest.approx(whole.estimate.trained)
+    config.micro_batches = 8
+    parts = plans.estimate_plan(config, topology, 100, None)
+    assert parts.memory.temporary < 0.4 * whole.memory.temporary
 
 
 def test_collectives_by_rule(small):

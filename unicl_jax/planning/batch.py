@@ -96,8 +96,9 @@ def make_batch(
             f"{text_slots:g}; it is what a text takes on average."
         )
     how = config["data"]["text_length"] if uses_text(config) else "full"
+    groups = devices * config["micro_batches"]
     arrays["tokens"], slots, assumed = _TOKENS[how](
-        array, config, size, devices, length, text_slots
+        array, config, size, groups, length, text_slots
     )
     if config["data"]["share_prompts"] and uses_text(config):
         assumed.append(
@@ -106,13 +107,13 @@ def make_batch(
     return Batch(arrays, slots, size, assumed)
 
 
-def _full(array, config, texts, devices, length, text_slots):
-    del config, devices, text_slots
+def _full(array, config, texts, groups, length, text_slots):
+    del config, groups, text_slots
     return array(texts, length), texts * length, []
 
 
-def _bucket(array, config, texts, devices, length, text_slots):
-    del devices
+def _bucket(array, config, texts, groups, length, text_slots):
+    del groups
     kinds = {source["kind"] for source in config["data"]["sources"].values()}
     longest = length if "image_text" in kinds else LONGEST_PROMPT
     longest = text_slots or longest
@@ -121,19 +122,19 @@ def _bucket(array, config, texts, devices, length, text_slots):
     return array(texts, slots), texts * slots, [said]
 
 
-def _pack(array, config, texts, devices, length, text_slots):
+def _pack(array, config, texts, groups, length, text_slots):
     mean, width = text_slots or mean_slots(config), max(PACK_SLOTS, length)
-    rows = few_sizes(math.ceil(texts // devices * mean / width))
-    tokens = array(devices * rows, width)
+    rows = few_sizes(math.ceil(texts // groups * mean / width))
+    tokens = array(groups * rows, width)
     said = (
         f'data.text_length="pack": {mean:g} slots a text on average, {rows} rows of '
-        f"{width} a device"
+        f"{width} a device and micro-batch"
     )
     if text_slots is None:
         said += " (--text_slots sets it)"
-    ends = array(devices, texts // devices)
+    ends = array(groups, texts // groups)
     packed = Packed(tokens, tokens, tokens, ends)
-    return packed, devices * rows * width, [said]
+    return packed, groups * rows * width, [said]
 
 
 _TOKENS = {"full": _full, "bucket": _bucket, "pack": _pack}

@@ -133,7 +133,7 @@ def estimate_step(
         counted,
         held["params"],
         held["opt_state"],
-        held["model_state"],
+        held["model_state"] + held["ema"],
         given,
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.params)),
         trained,

@@ -27,7 +27,7 @@ class Memory:
     Attributes:
       parameters: of them; this and the next two as the mesh divides them.
       optimizer: of its state.
-      other: of batch statistics.
+      other: of batch statistics and averages of the parameters.
       batch: of this device's rows.
       temporary: of activations, gradients and what else lives inside a step.
       code: of the program.

@@ -99,7 +99,7 @@ def _memory(plan):
     held = [
         ("parameters", memory.parameters),
         ("optimizer", memory.optimizer),
-        ("batch statistics", memory.other),
+        ("batch statistics and averages", memory.other),
         ("batch", memory.batch),
         ("activations, gradients and all else in a step", memory.temporary),
         ("program", memory.code),
