@@ -10,10 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import harness, scaling_compiled
+from benchmarks import harness, scaling_compiled, scaling_virtual
 
 # Each has add_options(parser), measure(options), title(found) and rows_of(found).
-PARTS = {"compiled": scaling_compiled}
+PARTS = {"virtual": scaling_virtual, "compiled": scaling_compiled}
 
 
 def main(argv):

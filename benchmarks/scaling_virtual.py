@@ -11,7 +11,6 @@ process each. `same batch` is that; `batch grows` has the first layout's rows on
 device and is compared by the row.
 """
 
-import argparse
 import json
 import os
 import re
@@ -31,13 +30,14 @@ ROWS_A_DEVICE = 16
 FIRST = 4  # steps that are not timed: the first runs of the step and its reader
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_options(parser):
+    """The options of this part."""
     parser.add_argument("--layouts", default=LAYOUTS)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(argv)
-    out = options.out or harness.RESULTS / "scaling_virtual_cpu.json"
+
+
+def measure(options):
+    """Trains each layout twice."""
     found = {
         "command": harness.command("benchmarks.scaling"),
         "date": time.strftime("%Y-%m-%d"),
@@ -48,15 +48,14 @@ def main(argv=None):
     }
     with tempfile.TemporaryDirectory() as folder:
         for name in options.layouts.split(","):
-            row = measure(name, options.steps, Path(folder))
+            row = trained(name, options.steps, Path(folder))
             found["layouts"].append(row)
-            harness.say(f"{name}: {json.dumps(row['same_batch']['step_seconds'])} s")
+            harness.say(f"{name}: {1e3 * row['same_batch']['step_seconds']:.0f} ms")
     add_ratios(found["layouts"])
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    return found
 
 
-def measure(layout, steps, folder):
+def trained(layout, steps, folder):
     """Both runs of a layout."""
     size, *axes = layout.split(":")
     processes, devices = map(int, size.split("x"))
@@ -180,12 +179,3 @@ def title(found):
         f"the quick start's model, {ROWS} rows divided over virtual devices; "
         f"{harness.where(found['machine'])}"
     )
-
-
-def table(found):
-    """For a terminal."""
-    return harness.aligned(title(found), rows_of(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -812,3 +812,8 @@ def test_importing_the_trainer_does_not_import_tensorflow():
     modules = set(done.stdout.split())
     assert "unicl_jax.train" in modules
     assert not modules & {"tensorflow", "tensorflow_datasets", "matplotlib"}
+
+
+def test_a_bucket_is_no_directory(make_config):
+    with pytest.raises(InputError, match='directory: got "gs://bucket/run"; mount'):
+        prepare_workdir("gs://bucket/run", make_config(), write=True)

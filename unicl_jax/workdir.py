@@ -32,6 +32,11 @@ def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Pat
       InputError: if it cannot be written, holds something else, or holds a run with
         another config (the message says which fields differ).
     """
+    if "://" in str(workdir):  # as a path it would be a folder here, named "gs:"
+        raise InputError(
+            f'--workdir must be a directory: got "{workdir}"; mount the bucket (Cloud '
+            "Storage FUSE) or a shared file system (Filestore, NFS), and name that."
+        )
     workdir = Path(workdir).absolute()
     saved = workdir / "config.json"
     temporary = workdir / "config.json.new"
