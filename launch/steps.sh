@@ -9,10 +9,20 @@ refuse() {
   exit 2
 }
 
+# A command as one would type it: quotes where they are needed.
+quoted() {
+  local word words=()
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
+    words+=("$word")
+  done
+  echo "${words[*]}"
+}
+
 # Does a command, or prints it as the shell would read it.
 step() {
   if [[ -n $dry_run ]]; then
-    echo "${@@Q}"
+    quoted "$@"
   else
     "$@"
   fi
