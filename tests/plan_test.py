@@ -163,6 +163,14 @@ def test_flops_of_products_loops_and_recomputation():
     assert again.flops == 8 * one
 
 
+def test_an_update_without_products_lies_where_the_old_state_lay():
+    def update(good, w, g):
+        return jax.lax.cond(good, lambda w: w - (w + g) * 3 + g * w, lambda w: w, w)
+
+    arguments = jax.ShapeDtypeStruct((), bool), *[jnp.zeros((64, 64))] * 2
+    assert jaxpr.count(jax.make_jaxpr(update)(*arguments)).peak == 0
+
+
 def test_flops_of_a_convolution_and_its_gradients():
     def convolve(x, kernel):
         return jax.lax.conv_general_dilated(

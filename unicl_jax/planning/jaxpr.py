@@ -212,7 +212,8 @@ def _work(eqn, moved, mapped):
         return [Work(name, 0.0, False, moved)], 0.0
     if name == "cond":
         body = max(inner, key=lambda counted: (counted.flops, counted.bytes))
-        return body.work, body.peak
+        # Without products it rewrites what it is given where that lies: an update.
+        return body.work, body.peak if body.flops else 0.0
     times = eqn.params.get("length", 1)  # of "while" nobody knows: once
     work = [work for body in inner for work in body.work] * times
     return work, max(body.peak for body in inner)

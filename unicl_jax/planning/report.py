@@ -10,6 +10,7 @@ from rich.text import Text
 from unicl_jax.checks.report import Section, percent, show, size, some
 from unicl_jax.planning import network, roofline
 from unicl_jax.planning.advice import Largest
+from unicl_jax.planning.estimate import LEAST, MOST
 from unicl_jax.planning.plans import USABLE, Plan
 
 SHOWN = 8  # kinds of collectives
@@ -242,6 +243,11 @@ def _assumed(plan):
     section = Section("what this rests on")
     for line in plan.estimate.assumed:
         section.note(line)
+    if not plan.compiled:
+        section.note(
+            f"an estimate: compiled steps held {LEAST} to {MOST} times as much of "
+            "activations, gradients and the rest; so much may the largest batch be off"
+        )
     if plan.topology.chip.kind == "gpu":
         section.note(
             f"JAX takes {USABLE['gpu']:.0%} of a GPU's memory: "
