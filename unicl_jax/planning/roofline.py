@@ -9,7 +9,7 @@ from unicl_jax.planning.jaxpr import Work
 from unicl_jax.planning.network import Collective
 from unicl_jax.planning.topology import Topology
 
-# Of a chip's peaks, what programs get: of estimates alone, and assumptions. Against what
+# Of a chip's peaks, what programs get: in estimates alone, and assumed. Against what
 # the compiler reckons with on v5e:16x16, 16 rows a chip: Swin-T 7 % less, ViT-L/14 with
 # remat 45 % more. Nothing was measured on a chip.
 PRODUCTS, MEMORY = 0.7, 0.6
