@@ -255,9 +255,9 @@ def test_rows_are_counted_without_tensor():
 
 @pytest.mark.slow
 def test_two_processes_with_fsdp_across_them_train_as_one(tmp_path):
-    """The command itself: 2 processes x 2 devices, and 1 process x 1."""
+    """The command itself: 2 processes x 4 devices, and 1 process x 1."""
     losses = {}
-    for processes, devices, mesh in ((1, 1, ()), (2, 2, ("fsdp=4",))):
+    for processes, devices, mesh in ((1, 1, ()), (2, 4, ("fsdp=8",))):
         workdir = tmp_path / f"{processes}"
         flags = ["--config.batch_size=32", "--config.total_steps=8"]
         flags += [f"--config.mesh.{axis}" for axis in mesh]
