@@ -226,7 +226,7 @@ yaml=$(render "$@")
 if [[ -n $dry_run ]]; then
   echo "$yaml"
   echo "---"
-  echo "# given to: $(quoted "${kubectl[@]}") apply -f -"
+  echo "# given to: ${kubectl[*]} apply -f -"
 else
   "${kubectl[@]}" apply -f - <<<"$yaml"
 fi

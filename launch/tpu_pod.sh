@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU pod, or on several slices of it.
 #
-#   launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- --config=... --workdir=...]
+#   launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] \
+#     [-- --config=... --workdir=...]
 #
 # Commands
 #   create    asks for the TPU (a queued resource) and waits until it is there
@@ -14,7 +15,8 @@
 #   watch     all of it: creates what is not there, installs, runs, and looks after it:
 #             after a preemption it makes the TPU anew, after an exit code that says so
 #             it runs the command again, which goes on from the newest checkpoint. Ends
-#             with the run's exit code; Ctrl-C ends the watching alone.
+#             with the run's exit code; Ctrl-C ends the watching alone. The TPU
+#             stays, and costs, until delete.
 # Options
 #   --dry-run           prints the commands, and does nothing
 #   --name=NAME         of the TPU

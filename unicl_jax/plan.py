@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--topology", help="v5e:16x16; h100:8; h100:2x8, hosts by GPUs")
-    parser.add_argument("--compile", action="store_true", help="for a TPU; minutes")
+    parser.add_argument(
+        "--compile", action="store_true", help="for a TPU; up to an hour"
+    )
     parser.add_argument(
         "--largest_batch", action="store_true", help="search by compiling a few more"
     )
