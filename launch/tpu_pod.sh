@@ -156,7 +156,7 @@ install() {
 }
 
 run() {
-  on_hosts all "${setup:+$setup && }bash launch/tpu_worker.sh start $(quoted "${training[@]}")"
+  on_hosts all "${setup:+{ $setup; } && }bash launch/tpu_worker.sh start $(quoted "${training[@]}")"
 }
 
 # How the trainer does on the hosts, a line each: its exit code, "running", "none", or

@@ -80,8 +80,11 @@ def main(argv: Sequence[str]) -> int:
         return _say(f"error: {error}", NOT_SAVED)
     except processes.Missing as error:
         return _say(f"error: {error}", LOST)
-    except KeyboardInterrupt:  # before the loop, which saves first
-        return _say("stopped before the first step.", STOPPED_BY_SIGNAL + 2)
+    except KeyboardInterrupt:  # before the loop, which saves first if it is alone
+        said = "stopped before the first step."
+        if jax.distributed.is_initialized():
+            said = "Ctrl-C: stopped without saving; SIGTERM saves on all processes."
+        return _say(said, STOPPED_BY_SIGNAL + 2)
     except train.Stopped as stopped:
         code = STOPPED_BY_SIGNAL + stopped.signal
         return _say(f"{stopped} The same command goes on from there.", code)
