@@ -156,7 +156,9 @@ install() {
 }
 
 run() {
-  on_hosts all "${setup:+{ $setup; } && }bash launch/tpu_worker.sh start $(quoted "${training[@]}")"
+  local before=''
+  if [[ -n $setup ]]; then before="{ $setup; } && "; fi
+  on_hosts all "${before}bash launch/tpu_worker.sh start $(quoted "${training[@]}")"
 }
 
 # How the trainer does on the hosts, a line each: its exit code, "running", "none", or
