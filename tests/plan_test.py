@@ -611,6 +611,18 @@ def test_wrong_input_is_told_in_a_line(command, arguments, said):
     assert "Traceback" not in error
 
 
+def test_bfloat16_is_not_said_to_be_faster_than_itself():
+    config = recipe("quickstart")
+
+    def line(name):
+        found = plans.estimate_plan(config, parse_topology(name), 1000, None)
+        lines = advice.advice(found, 1000, None)
+        return next(x for x in lines if "model.dtype" in x)
+
+    assert "TFLOP/s" not in line("v5e:2x2")
+    assert "989 TFLOP/s instead of 494" in line("h100:4")
+
+
 @load_module
 def test_what_does_not_fit_has_its_own_exit_code(monkeypatch, command):
     # The state fits, a step's activations don't.

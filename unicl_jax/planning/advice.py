@@ -234,10 +234,13 @@ def _to_hurry(plan):
     if config.model.dtype == "float32":
         chip = plan.topology.chip
         if chip.bf16 > chip.f32 or times.bound == "memory":
-            said.append(
-                "--config.model.dtype=bfloat16: half the memory traffic, and products "
-                f"at {chip.bf16 / 1e12:,.0f} TFLOP/s instead of {chip.f32 / 1e12:,.0f}"
-            )
+            line = "--config.model.dtype=bfloat16: half the memory traffic"
+            if chip.bf16 > chip.f32:
+                line += (
+                    f", and products at {chip.bf16 / 1e12:,.0f} TFLOP/s instead of "
+                    f"{chip.f32 / 1e12:,.0f}"
+                )
+            said.append(line)
     if times.bound == "memory" and plan.rows < 32 and plan.fits:
         said.append(
             f"{plan.rows} rows a device: parameters and optimizer state are read and "
