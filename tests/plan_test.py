@@ -611,6 +611,34 @@ def test_wrong_input_is_told_in_a_line(command, arguments, said):
     assert "Traceback" not in error
 
 
+@load_module
+def test_a_place_that_cannot_be_written_is_told_at_once(command, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    given = (f"--json={file}/plan.json", f"--json={tmp_path}")
+    given += (f"--keep={file}/programs --compile",)
+    for flags_given in given:
+        code, said, error = command("--topology=v5e:1x1", *flags_given.split())
+        assert (code, said) == (plan.BAD_INPUT, "")
+        flag = flags_given.split("=")[0]
+        assert error.startswith(f"error: {flag} must be a place that can be written")
+
+
+def test_kept_programs_are_told_apart(tmp_path, monkeypatch):
+    config, topology = recipe("quickstart"), parse_topology("v5e:2x2")
+    kept = [
+        plan._kept(tmp_path, config, topology, 1000, None),
+        plan._kept(tmp_path, config, topology, 2000, None),
+        plan._kept(tmp_path, config, topology, 1000, 8.0),
+        plan._kept(tmp_path, recipe("quickstart", "lit"), topology, 1000, None),
+        plan._kept(tmp_path, config, parse_topology("v5e:2x4"), 1000, None),
+    ]
+    assert plan._kept(tmp_path, config, topology, 1000, None) == kept[0]
+    monkeypatch.setattr(plan.agreement, "code", lambda: {"unicl_jax": "0"})
+    kept.append(plan._kept(tmp_path, config, topology, 1000, None))
+    assert len(set(kept)) == len(kept)
+
+
 def test_bfloat16_is_not_said_to_be_faster_than_itself():
     config = recipe("quickstart")
 

@@ -8,6 +8,7 @@ libtpu; without it, and for GPUs, the step is traced and counted.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
@@ -23,6 +24,7 @@ from unicl_jax.errors import InputError
 from unicl_jax.planning import advice, plans, report
 from unicl_jax.planning.compiling import compile_step
 from unicl_jax.planning.topology import parse_topology
+from unicl_jax.processes import agreement
 
 DOES_NOT_FIT, BAD_INPUT = 1, 2
 
@@ -85,15 +87,23 @@ def _plan(options, argv):
         raise InputError(f"--concepts must be at least 1: got {options.concepts}.")
     config, _ = trainer.parse(argv, ("config",), "unicl_jax.plan")
     plans.check(config, topology)
+    with _writing("--json", options.json):  # before minutes of compiling
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.open("a").close()
     given = options.concepts, options.text_slots
     plan = plans.estimate_plan(config, topology, *given)
+
+    def kept(config):
+        return _kept(options.keep, config, topology, *given)
+
     if compiles:
-        plan = plans.compile_plan(plan, *given, _kept(options.keep, config, topology))
+        plan = plans.compile_plan(plan, *given, kept(config))
 
     def compile_at(batch):
         other = advice.at_batch(config, batch)
         name = plans.libtpu_name(topology)
-        return compile_step(other, name, *given, _kept(options.keep, other, topology))
+        return compile_step(other, name, *given, kept(other))
 
     if options.largest_batch:
         largest = advice.search_largest_batch(plan, compile_at)
@@ -103,16 +113,31 @@ def _plan(options, argv):
     report.print_report(make_console(), report.sections(plan, largest, todo))
     if options.json:
         found = report.to_json(plan, largest, todo)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        with _writing("--json", options.json):
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0 if plan.fits else DOES_NOT_FIT
 
 
-def _kept(folder, config, topology):
+@contextlib.contextmanager
+def _writing(flag, path):
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f'{flag} must be a place that can be written: "{path}" gave '
+            f"{error.strerror}; name another."
+        ) from error
+
+
+def _kept(folder, config, topology, concepts, text_slots):
     """The file of a compiled program, by all that it depends on."""
     if folder is None:
         return None
-    key = hashlib.sha256(to_json(config).encode()).hexdigest()[:12]
+    with _writing("--keep", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    facts = agreement.of_this_process({})
+    made_of = to_json(config), concepts, text_slots, facts["code"], facts["version"]
+    key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
     name = plans.libtpu_name(topology).replace(":", "_")
     return folder / f"{name}_{config.batch_size}_{key}.json.gz"
 
