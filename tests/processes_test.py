@@ -328,15 +328,19 @@ def test_processes_that_differ_all_say_where_and_leave(
             assert message in err
 
 
-def test_all_end_with_the_code_of_the_one_that_fails(tmp_path):
-    patch = """
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("OSError", exit_codes.FAILED), ("InputError", exit_codes.BAD_INPUT)],
+)
+def test_all_end_with_the_code_of_the_one_that_fails(error, code, tmp_path):
+    patch = f"""
         def train():
             if index == 1:
-                raise OSError("no such disk")
+                raise {error}("no such disk")
             time.sleep(100)
         """
     codes, said = run(tmp_path, 2, patch)
-    assert codes == [exit_codes.FAILED] * 2, said
+    assert codes == [code] * 2, said
     assert ") failed: no such disk" in said[0]
 
 

@@ -139,7 +139,8 @@ def patience(code: int, usual: float) -> float:
     """Seconds that a process has to end by itself when another one ends with `code`."""
     if code in _TOGETHER:
         return 60.0
-    return 0.0 if code == exit_codes.BAD_INPUT else usual
+    # Process 0 holds jax's service, without which jax aborts the others: it goes last.
+    return min(usual, 2.0) if code == exit_codes.BAD_INPUT else usual
 
 
 def say(line: str) -> None:
