@@ -173,7 +173,7 @@ def test_one_that_is_gone_is_named_at_once(gone, closing, ends, capsys, monkeypa
     line = lines[gone]
     line._finished.set()  # this end hears nothing any more
     start = time.monotonic()
-    for peer in line._peers.values() if gone == 0 else [line._peer]:
+    for peer in [*line._peers.values()] if gone == 0 else [line._peer]:
         peer.socket.shutdown(socket.SHUT_RDWR)
     wait_for(lambda: len(ends) == 2)
     assert time.monotonic() - start < 2
