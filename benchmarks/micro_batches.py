@@ -4,7 +4,7 @@ python -m benchmarks.micro_batches --counts=1,2,4,8
 python -m benchmarks.micro_batches --remat=True --topology=v5e:2x4 --batch_size=4096
 
 The whole train step of configs/swin_tiny.py, or of another recipe. Needs no TPU:
-libtpu compiles without one (`pip install libtpu`).
+libtpu compiles without one (`pip install "jax[tpu]"`).
 """
 
 import argparse

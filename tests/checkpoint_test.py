@@ -3,6 +3,7 @@
 The state is a few arrays of every kind of dtype and layout; no model, no step.
 """
 
+import gc
 import json
 import re
 import shutil
@@ -25,6 +26,13 @@ from unicl_jax.workdir import saved_steps
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers():
+    """What they left is collected here, not in another file's test."""
+    yield
+    gc.collect()
 
 
 def arrays(step, seed=0):

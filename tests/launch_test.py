@@ -389,7 +389,9 @@ def test_a_dry_watch_shows_every_step():
     assert "--runtime-version=v2-alpha-tpuv5-lite" in create
     assert pack[0] == "tar" and copy[4] == "scp" and delete[4] == "delete"
     [remote] = [x.split("=", 1)[1] for x in run if x.startswith("--command=")]
-    assert remote.startswith("cd unicl_jax_sources && { sudo mount -a; } && bash launch/")
+    assert remote.startswith(
+        "cd unicl_jax_sources && { sudo mount -a; } && bash launch/"
+    )
     check_training(shlex.split(remote.split("start ")[1]))
 
 

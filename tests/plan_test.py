@@ -669,13 +669,15 @@ def test_without_libtpu_it_says_how_to_get_it(monkeypatch, command):
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
     code, _, said = command("--topology=v5e:2x2", "--compile")
     assert code == plan.BAD_INPUT
-    assert "pip install libtpu" in said
+    assert 'pip install "jax[tpu]"' in said
 
 
 def test_a_small_step_compiled_for_a_tpu(tmp_path):
     """The estimate of memory beside the compiler's, of a model of any size at all."""
     if compiling.importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, which compiles for TPUs, is absent: pip install libtpu")
+        pytest.skip(
+            'libtpu, which compiles for TPUs, is absent: pip install "jax[tpu]"'
+        )
     out = tmp_path / "plan.json"
     done = subprocess.run(
         [

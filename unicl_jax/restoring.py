@@ -3,7 +3,9 @@
 With `checkpoint`, the rooms that know Orbax.
 """
 
+import gc
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,8 @@ def newest_whole(
             # One flipped bit may make of its shapes another model's.
             of_other_models.append(error)
             why = first_line(error)
+        if why:
+            _forget_other_reads()
         # One that cannot read it, for all: a part of it may lie where others look.
         if said := _any_process(why):
             damaged[step] = said
@@ -78,6 +82,15 @@ def newest_whole(
             "that directory."
         )
     return None
+
+
+def _forget_other_reads():
+    """Orbax's go on after one has failed, and complain that their loop is closed."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def _read(path, step, like, check):
