@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 # In the environment, so that the processes that tests start find the same cache.
@@ -14,6 +15,10 @@ for name, value in {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
 }.items():
     os.environ.setdefault(name, value)
+
+# A shell's background job is deaf to Ctrl-C, and so would be what tests start and stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # PyTorch's triton and TensorFlow hold an LLVM each, and both load in this order alone.
 with contextlib.suppress(ImportError):
