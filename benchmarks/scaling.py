@@ -1,6 +1,6 @@
 """How a run scales over chips, in parts: `python -m benchmarks.scaling PART`.
 
-python -m benchmarks.scaling compiled --keep=/tmp/programs
+python -m benchmarks.scaling compiled --keep=programs
 python -m benchmarks.scaling compiled --markdown
 
 `benchmarks/README.md` says what each part measures.

@@ -4,7 +4,6 @@ A tiny model on the quick start's data. TensorFlow and PyTorch are stubs that ca
 imported, in every process here: this data needs neither.
 """
 
-import json
 import os
 import re
 import signal
@@ -16,15 +15,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from absl import flags
+from tiny_run import rows, saved
 
 from unicl_jax import main
+from unicl_jax.workdir import saved_steps
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 240  # seconds until a process counts as hung; each takes a few
-TIMES = ("step_seconds", "data_wait", "images_per_second")
 STEPS, EVERY = 200, 20  # long enough to be met by a signal, a few ms a step
 
 RECIPE = """
@@ -133,33 +132,6 @@ class Command:
             out, err = self.process.communicate()
             pytest.fail(f"hung for {LIMIT} s; it had said:\n{out}\n{err}")
         return self.process.returncode, out, err
-
-
-def saved_steps(workdir):
-    names = (p.name for p in (workdir / "checkpoints").glob("*"))
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def saved(workdir):
-    """The arrays of the newest checkpoint, as {path: array}."""
-    step = max(saved_steps(workdir))
-    path = workdir / "checkpoints" / str(step) / "state"
-    with ocp.StandardCheckpointer() as checkpointer:
-        like = jax.tree.map(
-            lambda leaf: np.empty(leaf.shape, leaf.dtype),
-            checkpointer.metadata(path).item_metadata.tree,
-        )
-        tree = checkpointer.restore(path, like)
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def rows(workdir):
-    """The lines of `metrics.jsonl` without what the clock says."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines
-    ]
 
 
 # --- Killed and stopped.

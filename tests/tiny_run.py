@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from unicl_jax.workdir import saved_steps
+
 SIZE = 16
 TIMES = ("step_seconds", "data_wait", "images_per_second")
 
@@ -83,10 +85,11 @@ def rows(workdir, file="metrics.jsonl"):
     ]
 
 
-def saved(workdir, step):
-    """The arrays of a checkpoint, as {path: array}."""
+def saved(workdir, step=None):
+    """The arrays of a checkpoint, the newest unless told, as {path: array}."""
     import orbax.checkpoint as ocp
 
+    step = max(saved_steps(workdir)) if step is None else step
     path = workdir / "checkpoints" / str(step) / "state"
     with ocp.StandardCheckpointer() as checkpointer:
         like = jax.tree.map(

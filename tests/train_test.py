@@ -20,6 +20,8 @@ import pytest
 from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console
+from tiny_run import TIMES, assert_same_bits, saved
+from tiny_run import rows as timeless
 
 from unicl_jax import augment, program, train
 from unicl_jax import config as config_lib
@@ -29,7 +31,7 @@ from unicl_jax.data import sampler
 from unicl_jax.errors import InputError
 from unicl_jax.evaluation import Scores, zero_shot
 from unicl_jax.export import export
-from unicl_jax.workdir import prepare_workdir
+from unicl_jax.workdir import prepare_workdir, saved_steps
 
 SIZE, STEPS = 16, 6
 COLOURS = {
@@ -40,8 +42,6 @@ COLOURS = {
     "yellow": (240, 220, 30),
     "grey": (128, 128, 128),
 }
-# What changes from run to run: the time that things took.
-TIMES = ("step_seconds", "data_wait", "images_per_second")
 
 
 def pictures(labels, seed):
@@ -135,38 +135,6 @@ def make_config(sources):
 
 def rows(workdir):
     return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(workdir):
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows(workdir)]
-
-
-def saved_steps(workdir):
-    names = (p.name for p in (workdir / "checkpoints").glob("[0-9]*"))
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def saved(workdir, step=None):
-    """The arrays of a checkpoint, the newest unless told, as {path: array}."""
-    import orbax.checkpoint as ocp
-
-    step = max(saved_steps(workdir)) if step is None else step
-    path = workdir / "checkpoints" / str(step) / "state"
-    with ocp.StandardCheckpointer() as checkpointer:
-        like = jax.tree.map(
-            lambda leaf: np.empty(leaf.shape, leaf.dtype),
-            checkpointer.metadata(path).item_metadata.tree,
-        )
-        tree = checkpointer.restore(path, like)
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def assert_same_bits(a, b):
-    assert a.keys() == b.keys()
-    for path in a:
-        assert a[path].dtype == b[path].dtype, path
-        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
 
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):

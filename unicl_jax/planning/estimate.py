@@ -19,7 +19,6 @@ from unicl_jax.program import make_program
 # Towers of no size: what is left of a step is its loss.
 _SMALL = dict(
     image=dict(
-        *(),
         name="swin",
         image_size=32,
         patch_size=4,
