@@ -35,6 +35,7 @@ FASHION_CLASSES = (
 _EMOJI_COLUMNS, _FASHION_COLUMNS = 48, 50
 _KEYWORDS = 3  # in a caption that has keywords
 _KEYWORD_CAPTIONS = 7  # of a drawing that has keywords
+_CAPTIONS = 5  # of a drawing, for retrieval: as many as Flickr30k and COCO have
 _NAMES = 3  # bare names to each of those, for names are what evaluation asks
 
 
@@ -241,6 +242,24 @@ def evaluation_set(name: str) -> Labelled:
       InputError: if there is no such set.
     """
     return choose(EVALUATION_SETS, name, "evaluation set")()
+
+
+def evaluation_captions(name: str) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+    """Drawings that are never trained on, with up to five captions each.
+
+    Args:
+      name: "twemoji_captions".
+
+    Returns:
+      images [1898, 32, 32, 3] uint8; and of each its name, and its name with keywords.
+
+    Raises:
+      InputError: if there is no such set.
+    """
+    choose({"twemoji_captions": None}, name, "evaluation set")
+    images, rows = emoji(TEST_VENDOR)
+    captions = emoji_captions()
+    return images, [tuple(dict.fromkeys(captions[r]))[:_CAPTIONS] for r in rows]
 
 
 def training_examples(name: str) -> tuple[np.ndarray, np.ndarray]:
