@@ -52,6 +52,8 @@ class Model:
       logit_scale: s, the multiplier of products of embeddings.
       texts_cut: how many texts so far were too long, and lost their tails.
       has_own_head: whether images are embedded by more than tower and projection.
+      has_texts: whether it embeds texts, too.
+      crop_pct: the centre crop's share of a picture's shorter side; 0: none is cut.
     """
 
     def __init__(self, found: Weights, encode_image=None, logit_scale=None):
@@ -74,11 +76,12 @@ class Model:
             crop_pct = CROP_PCT.get(normalization)
             choose(NORMALIZATIONS, normalization, "model.normalization")
         self._normalization = normalization
-        self._crop_pct = self.config.get("crop_pct", crop_pct)
+        self.crop_pct = self.config.get("crop_pct", crop_pct)
         self._text = None
         if "text" in self.config:
             self._text = encoders.options("text", self.config["text"])
-        if image is None or self._text is None:
+        self.has_texts = self._text is not None
+        if image is None or not self.has_texts:
             alone = "text" if image is None else "image"
             tower = encoders.one_tower(alone, self.config[alone])
             self.embed_dim, self.logit_scale = tower.width, 1.0
@@ -273,7 +276,7 @@ class Model:
         self._needs_image_tower()
         if isinstance(pictures, str | Path) or not isinstance(pictures, Iterable):
             pictures = [pictures]
-        size, pct = self.image_size, self._crop_pct
+        size, pct = self.image_size, self.crop_pct
         shorter = int(size / pct) if pct else None
         pixels = [square(picture, size, shorter) for picture in pictures]
         return np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)

@@ -27,6 +27,7 @@ DEFAULTS = {
     "randaugment": None,
     "erasing": 0.0,
     "exact": False,
+    "crop_pct": 224 / 256,
 }
 # Pillow's and OpenCV's filters of a name.
 _INTERPOLATIONS = {
@@ -34,7 +35,6 @@ _INTERPOLATIONS = {
     "bilinear": (Image.Resampling.BILINEAR, cv2.INTER_LINEAR),
 }
 _NUM_TRIES = 10
-_EVAL_RESIZE = 256 / 224  # the shorter side before the centre crop, over S
 
 # So many times as long as wide, an image is not enlarged as a whole: a line of pixels
 # would become gigabytes.
@@ -54,7 +54,8 @@ def make_preprocess(source: str, config: Mapping, image_size: int, train: bool):
         crop; `flip` mirrors half of the images; `interpolation` is bicubic or bilinear,
         both antialiased; `randaugment` holds the arguments of `randaugment.randaugment`
         (None: off); `erasing` is the share of images that lose a rectangle; `exact`
-        resizes random crops by Pillow, too, as everything else is: see `resize`.
+        resizes random crops by Pillow, too, as everything else is: see `resize`;
+        `crop_pct` is S over the shorter side before the centre crop.
       image_size: S.
       train: evaluation (False) is never random: the centre crop in place of a random
         one, nothing flipped, augmented or erased.
@@ -106,6 +107,11 @@ def _check_settings(source: str, settings: Mapping) -> None:
         raise InputError(
             f'source "{source}": preprocess.erasing must be a probability: got '
             f"{settings['erasing']}; UniCL's is 0.25."
+        )
+    if not 0 < settings["crop_pct"] <= 1:
+        raise InputError(
+            f'source "{source}": preprocess.crop_pct must be in (0, 1]: got '
+            f"{settings['crop_pct']}; ImageNet's is 0.875, CLIP's 1."
         )
     choose(PREPROCESS, settings["name"], f'source "{source}": preprocess.name')
     choose(
@@ -238,11 +244,11 @@ def _random_resized_crop(data, draws, image_size: int, settings: Mapping):
 
 
 def _center(data, draws, image_size: int, settings: Mapping):
-    """Shorter side to int(256/224 S), then the centre S x S, as timm evaluates."""
+    """Shorter side to int(S / crop_pct), then the centre S x S, as timm evaluates."""
     del draws
     image = decode(data)
     height, width = image.shape[:2]
-    shorter = int(_EVAL_RESIZE * image_size)
+    shorter = int(image_size / settings["crop_pct"])
     size = [shorter * side // min(height, width) for side in (height, width)]
     top, left = (round((side - image_size) / 2) for side in size)
     if max(size) > _STRIP * min(size):

@@ -1,0 +1,217 @@
+"""What an evaluation found: files that a second call goes on from, and a table."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from unicl_jax.errors import InputError
+
+
+def read_results(out: str | Path) -> dict[str, Any]:
+    """Reads what an evaluation wrote.
+
+    Args:
+      out: its folder.
+
+    Returns:
+      What `results.json` holds; {} if it is not there.
+
+    Raises:
+      InputError: if it cannot be read.
+    """
+    path = Path(out) / "results.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
+        return found
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f'"{path}" must hold an evaluation\'s results: it cannot be read '
+            f"({error}); delete it, and the evaluation is summed up anew."
+        ) from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON at once: a kill leaves the old file or the new one.
+
+    Args:
+      path: of the file; its folder is made.
+      value: NaN and infinities become null.
+
+    Raises:
+      InputError: if it cannot be written.
+    """
+    text = json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n"
+    _write(path, text)
+
+
+def write_csv(path: Path, results: Mapping[str, Any]) -> None:
+    """Writes one row a task, protocol and metric.
+
+    Args:
+      path: of the file.
+      results: as `results.json` holds them.
+
+    Raises:
+      InputError: if it cannot be written.
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["task", "protocol", "metric", "value", "interval", "records"])
+    for name, task in results["tasks"].items():
+        for protocol, found in task["protocols"].items():
+            intervals = found.get("intervals", {})
+            for metric, value in found["metrics"].items():
+                interval = intervals.get(metric)
+                cells = ["" if x is None else f"{x:.6g}" for x in (value, interval)]
+                writer.writerow([name, protocol, metric, *cells, found["records"]])
+    _write(path, file.getvalue())
+
+
+def table(results: Mapping[str, Any], protocols: Sequence[str]) -> Table:
+    """Each task's own metric in percent, a column a protocol; of one, all its metrics.
+
+    Args:
+      results: as `results.json` holds them.
+      protocols: the columns.
+
+    Returns:
+      A rich table that fits 80 columns.
+    """
+    tasks = results["tasks"]
+    if len(protocols) == 1:
+        return _of_one(results, *protocols)
+    shown = [p for p in protocols if any(p in t["protocols"] for t in tasks.values())]
+    found = Table()
+    found.add_column(f"{results['suite']}, %")
+    for header in ("metric", "ways", *(HEADERS.get(p, p) for p in shown)):
+        found.add_column(header, justify="left" if header == "metric" else "right")
+    for name, task in tasks.items():
+        if not task["protocols"] and not task.get("missing"):
+            continue
+        scores = [_percent(task["protocols"].get(p)) for p in shown]
+        if task.get("missing"):
+            scores = ["missing", *[""] * (len(shown) - 1)][: len(shown)]
+        ways = f"{task['classes']:,}" if task.get("classes") else ""
+        found.add_row(name, METRIC_NAMES[task["metric"]], ways, *scores)
+    averaged = [
+        [
+            t["protocols"][p]["score"]
+            for t in tasks.values()
+            if p in t["protocols"] and t["protocols"][p]["score"] is not None
+        ]
+        for p in shown
+    ]
+    if any(len(scores) > 1 for scores in averaged):
+        found.add_section()
+        cells = [
+            f"{100 * float(np.mean(scores)):.1f} ({len(scores)})" if scores else ""
+            for scores in averaged
+        ]
+        found.add_row("mean (tasks)", "", "", *cells)
+    return found
+
+
+def _of_one(results, protocol):
+    """Every metric of one protocol."""
+    done = {
+        name: task["protocols"][protocol]
+        for name, task in results["tasks"].items()
+        if task["protocols"].get(protocol, {}).get("metrics")
+    }
+    columns = {}  # header -> its metrics, whose values stand with "/" between them
+    for found in done.values():
+        for metric in found["metrics"]:
+            way, is_recall, k = metric.rpartition("_r")
+            if is_recall and k.isdigit():
+                columns.setdefault(f"{way.replace('_', ' ')} R@", {})[metric] = k
+            elif metric in _SHORT:
+                columns.setdefault(f"{_SHORT[metric]} %", {})[metric] = ""
+    table = Table()
+    table.add_column(f"{results['suite']}, {HEADERS.get(protocol, protocol)}")
+    labelled = any(results["tasks"][name].get("classes") for name in done)
+    headers = [header + "/".join(ks.values()) for header, ks in columns.items()]
+    for header in ["ways"] * labelled + headers + ["chance %"] * labelled:
+        table.add_column(header, justify="right")
+    for name, found in done.items():
+        values = found["metrics"]
+        cells = [
+            " / ".join(f"{100 * values[m]:.1f}" for m in ms if m in values)
+            for ms in columns.values()
+        ]
+        if labelled:
+            ways = results["tasks"][name].get("classes") or 0
+            chance = f"{100 / ways:.2f}" if "top1" in values else ""
+            cells = [f"{ways:,}", *cells, chance]
+        table.add_row(name, *cells)
+    return table
+
+
+HEADERS = {
+    "zero_shot": "zero-shot",
+    "knn": "k-NN",
+    "linear_probe": "linear",
+    "logistic_probe": "L-BFGS",
+    "few_shot": "few-shot",
+    "retrieval": "recall",
+}
+_SHORT = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class": "per class",
+    "roc_auc": "ROC AUC",
+    "map11": "mAP",
+}
+METRIC_NAMES = {
+    "accuracy": "top-1",
+    "mean_per_class": "per class",
+    "roc_auc": "ROC AUC",
+    "map11": "mAP",
+    "": "mean R@1",
+}
+
+
+def _percent(found):
+    if found is None or found["score"] is None:
+        return ""
+    interval = found.get("interval")
+    more = f" ±{100 * interval:.1f}" if interval is not None else ""
+    return f"{100 * found['score']:.1f}{more}"
+
+
+def _plain(value):
+    """What JSON can say."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def _write(path, text):
+    temporary = path.with_name(f"{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f'results are kept in files: "{path}" cannot be written '
+            f"({error.strerror}); name another folder with --out."
+        ) from error
