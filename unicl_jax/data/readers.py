@@ -93,7 +93,7 @@ class TFRecordReader:
 
     def read(self, index: int) -> tuple[bytes, bytes, int]:
         """Returns the image bytes, the captions joined by SEPARATOR, the label."""
-        features = self._features(index)
+        features = self.features(index)
         if features is None:
             raise Unreadable("not a tf.Example")
         values = {}
@@ -149,14 +149,14 @@ class TFRecordReader:
         found = {}
         for index in range(min(NUM_PROBED, len(self.index))):
             try:
-                features = self._features(index) or {}
+                features = self.features(index) or {}
             except Unreadable:
                 continue
             found.update({key: f.WhichOneof("kind") for key, f in features.items()})
         return found
 
-    def _features(self, index: int) -> Mapping | None:
-        """The features of a record by name, None if it is no tf.Example."""
+    def features(self, index: int) -> Mapping | None:
+        """Returns the features of a record by name, None if it is no tf.Example."""
         at = self.index
         span = int(at.shard[index]), int(at.offset[index]), int(at.size[index])
         payload = _read(self.shards, *span)

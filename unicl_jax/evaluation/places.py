@@ -36,6 +36,8 @@ class Place(NamedTuple):
         else a path or pattern below `path`; "" if there is none.
       options: more of a source's settings.
       labels: a key of `derived.RULES`, where labels have to be worked out; "" if not.
+      order: the keys of the classes in the order of the numbers there, where names
+        don't tell; () if they do.
     """
 
     format: str
@@ -43,6 +45,7 @@ class Place(NamedTuple):
     names: Mapping[str, str] = MappingProxyType({})
     options: Mapping[str, Any] = MappingProxyType({})
     labels: str = ""
+    order: tuple[str, ...] = ()
 
     def name_of(self, split: str) -> str:
         """What a split is called there; "" if there is none."""

@@ -1,5 +1,6 @@
 """Sources of tasks: data as it lies, with labels in the task's order."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,9 @@ from PIL import Image
 
 from unicl_jax.data import make_source, quickstart
 from unicl_jax.data.arrays import ArraySource, make_npz_source
+from unicl_jax.data.labels import load_class_names
 from unicl_jax.data.records import Request, Rows, Source, hash_of
+from unicl_jax.data.synonyms import name_key
 from unicl_jax.errors import InputError
 from unicl_jax.evaluation import places
 
@@ -111,26 +114,47 @@ def open_found(
     Raises:
       InputError: if the data does not fit the task.
     """
-    if found.place.format == "quickstart":
+    place = found.place
+    rule = place.labels or _RULES.get((task.kind, place.format), "")
+    if place.format == "quickstart":
         source = _quickstart(task, split, found.path)
-    elif found.place.format == "npz":
-        kind = "image_text" if task.kind == "retrieval" else "image_label"
-        config = {**found.place.options, "path": found.path, "kind": kind}
-        source = make_npz_source(task.name, config, None, False)
+    elif place.format == "npz":
+        return _npz(task, found, image_size)
+    elif rule:
+        return _derived(task, rule, found, image_size, preprocess)
+    elif task.kind == "multi_label":
+        raise InputError(
+            f'task "{task.name}": several labels an image must lie in a table, a '
+            f'WebDataset or an .npz: got format "{place.format}"; or set `labels`.'
+        )
     else:
         config = _config(task, found, preprocess)
         source = make_source(task.name, config, image_size, train=False)
     if task.kind == "retrieval":
         return TaskSource(source, (), None, image_size)
-    lost = task.unknown(source.class_names)
+    table = _join(task, found, source.class_names)
+    return TaskSource(source, task.class_names, table, image_size)
+
+
+# What several labels or captions take, where a place does not say.
+_RULES = {
+    ("multi_label", "webdataset"): "npy",
+    ("multi_label", "csv"): "names",
+    ("retrieval", "webdataset"): "lines",
+}
+
+
+def _join(task, found, names):
+    """The task's label of each class of the data."""
+    lost = task.unknown(names)
+    # TFDS gives the subsets of ImageNet all of its class names.
     if lost and found.place.format != "tfds":
         raise InputError(
             f'task "{task.name}": classes of the data must be classes of the task: '
             f"{lost} in {found.folder} are not; rename them there, or add them as "
             "aliases to the task's class_names (a third column)."
         )
-    table = task.join(source.class_names)
-    return TaskSource(source, task.class_names, table, image_size)
+    return task.join(names)
 
 
 def _quickstart(task, split, path) -> ArraySource:
@@ -143,7 +167,63 @@ def _quickstart(task, split, path) -> ArraySource:
     return ArraySource(task.name, images, labels=labels, class_names=names)
 
 
+def _npz(task, found, image_size):
+    kind = "image_text" if task.kind == "retrieval" else "image_label"
+    config = {**found.place.options, "path": found.path, "kind": kind}
+    if task.kind != "multi_label":
+        source = make_npz_source(task.name, config, None, False)
+        if task.kind == "retrieval":
+            return TaskSource(source, (), None, image_size)
+        table = _join(task, found, source.class_names)
+        return TaskSource(source, task.class_names, table, image_size)
+    with np.load(found.path, allow_pickle=False) as arrays:
+        missing = {"images", "labels", "class_names"} - set(arrays.files)
+        if missing:
+            raise InputError(
+                f'task "{task.name}": a multi-label .npz must hold images, labels, '
+                f'class_names: "{found.path}" holds {", ".join(arrays.files)}.'
+            )
+        images, given = arrays["images"], arrays["labels"]
+        names = [str(name) for name in arrays["class_names"]]
+    if given.shape != (len(images), len(names)) or not np.isin(given, (0, 1)).all():
+        raise InputError(
+            f'task "{task.name}": labels of a multi-label .npz must be [records, '
+            f"classes] of 0 and 1: got {given.shape} {given.dtype} for {len(images)} "
+            f"images and {len(names)} class names."
+        )
+    table = np.zeros([len(images), task.num_classes], np.uint8)
+    table[:, _join(task, found, names)] = given
+    # A label is the number of a row of the table.
+    rows = [str(row) for row in range(len(images))]
+    numbers = np.arange(len(images))
+    source = ArraySource(task.name, images, labels=numbers, class_names=rows)
+    return TaskSource(source, task.class_names, table, image_size)
+
+
+def _derived(task, rule, found, image_size, preprocess):
+    from unicl_jax.data.stream import FileSource
+    from unicl_jax.evaluation import derived
+
+    config = _config(task, found, preprocess)
+    reader = derived.open_reader(task, rule, found, config)
+    is_text = task.kind == "retrieval"
+    source = FileSource(
+        task.name,
+        "image_text" if is_text else "image_label",
+        () if is_text else tuple(map(str, range(len(reader.index)))),
+        reader,
+        preprocess=preprocess,
+        image_size=image_size,
+        train=False,
+    )
+    source.check_records()
+    if is_text:
+        return TaskSource(source, (), None, image_size, rule)
+    return TaskSource(source, task.class_names, reader.table, image_size, rule)
+
+
 def _config(task, found, preprocess):
+    """The config of a source, its classes called by the data's own names."""
     place = found.place
     config = {
         "kind": "image_text" if task.kind == "retrieval" else "image_label",
@@ -154,4 +234,47 @@ def _config(task, found, preprocess):
     }
     if place.format == "tfds":
         config["split"] = found.name
+    if task.kind == "retrieval":
+        return config
+    if place.order:
+        config["class_names"] = place.order
+        _check_order(task, found)
+    elif place.format == "webdataset":
+        config["class_names"] = os.path.join(found.folder, _CLASS_NAMES)
+    elif place.format == "tfrecord":
+        raise InputError(
+            f'task "{task.name}": numbered labels of TFRecords must be told by name: '
+            f"{found.folder} has no names; set `order` of the place to the keys of the "
+            "classes in the order of their numbers."
+        )
+    elif place.format == "csv":
+        # A mapping, for cells that are numbers must be names, too.
+        named = dict(zip(task.class_keys, task.class_keys, strict=True))
+        named |= {alias: task.class_keys[i] for alias, i in task.aliases.items()}
+        if all(key.isdecimal() for key in task.class_keys) or task.aliases:
+            config["class_names"] = named
     return config
+
+
+_CLASS_NAMES = "classnames.txt"  # beside CLIP_benchmark's shards
+
+
+def _check_order(task, found):
+    """Stops if a list of names beside the data has another order than the place."""
+    path = os.path.join(found.folder, _CLASS_NAMES)
+    if found.place.format != "webdataset" or not places.exists(path):
+        return
+    names = load_class_names(task.name, path)
+    keys = [name_key(name) for name in names]
+    ours = task.join(found.place.order)
+    fits = len(names) == len(ours)
+    for name, key, label in zip(names, keys, ours, strict=False):
+        # Two classes of ImageNet are called "missile" in CLIP's list.
+        found_label = task.join([name])[0] if keys.count(key) == 1 else -1
+        fits = fits and found_label in (-1, label)
+    if not fits:
+        raise InputError(
+            f'task "{task.name}": {path} must name the classes in the order that the '
+            "task says of that place: it has another; take `order` out of the task, or "
+            "mend the file."
+        )

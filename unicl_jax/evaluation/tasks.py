@@ -1,6 +1,7 @@
 """A task: one row of a suite. What is asked of a model, and of which data."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +16,8 @@ from unicl_jax.evaluation import places
 KINDS = ("classification", "multi_label", "retrieval")
 METRICS = ("accuracy", "mean_per_class", "roc_auc", "map11")
 SPLITS = places.SPLITS
+# CLIP_benchmark's shards.
+_PUBLISHED = "https://huggingface.co/datasets/clip-benchmark/"
 _NAMED = 3  # examples in a message
 
 
@@ -149,10 +152,35 @@ class Task:
             return found
         tried = places.looked_at(self.where, split, data_dir)
         why = f"no {split} data" + (f" at {', '.join(tried)}" if tried else "")
-        how = self.how.replace("{data_dir}", data_dir or "DATA_DIR")
         if not any(place.name_of(split) for place in self.where):
-            why, how = f"has no {split} split", "nothing to get."
-        raise Missing(self.name, split, why, how)
+            raise Missing(self.name, split, f"has no {split} split", "there is none")
+        raise Missing(self.name, split, why, self.how_to_get(split, data_dir))
+
+    def how_to_get(self, split: str, data_dir: str | None) -> str:
+        """What to do to get a split's data, and where to put it.
+
+        Args:
+          split: one of SPLITS.
+          data_dir: the folder of evaluation data; None: "DATA_DIR" stands for it.
+
+        Returns:
+          One line; every way is said.
+        """
+        ways = [self.how] if self.how else []
+        for place in self.where:
+            path = os.path.join("{data_dir}", place.path)
+            name = place.name_of(split)
+            if not name:
+                continue
+            if place.format == "tfds" and not self.how:
+                root = os.path.join("{data_dir}", "tensorflow_datasets")
+                ways.append(f"run `tfds build {place.path} --data_dir={root}`")
+            elif place.format == "webdataset" and place.path != f"wds_{self.name}":
+                ways.append(f"put {_PUBLISHED}{place.path} into {path}")
+            elif place.format == "folder" and place.path == self.name and not self.how:
+                ways.append(f"put images into class folders, {path}/{name}/CLASS")
+        ways = list(dict.fromkeys(ways))
+        return "; or ".join(ways).replace("{data_dir}", data_dir or "DATA_DIR") + "."
 
     def open(
         self,

@@ -13,7 +13,16 @@ from unicl_jax.evaluation.tasks import Task
 
 __all__ = ["SUITES", "Suite", "load_suite", "load_tasks"]
 
-SUITES = ("offline",)
+SUITES = (
+    "offline",
+    "imagenet",
+    "elevater20",
+    "clip_extra",
+    "unicl14",
+    "unicl18",
+    "robustness",
+    "retrieval",
+)
 _FIELDS = ("title", "provisional", "take", "task")
 
 
@@ -108,8 +117,9 @@ def _like(name: str, where: str) -> dict[str, Any]:
         raise InputError(
             f'{where}: must be "suite/task" of {", ".join(SUITES)}: got "{name}".'
         )
-    rows = tomllib.loads(_read(suite)[1]).get("task", [])
-    found = {row.get("name"): row for row in rows}
+    table = tomllib.loads(_read(suite)[1])
+    rows = [*({"like": name} for name in table.get("take", [])), *table["task"]]
+    found = {row.get("name") or row["like"].partition("/")[2]: row for row in rows}
     if task not in found:
         raise InputError(f'{where}: got "{name}"; {did_you_mean(task, found)}')
     row = found[task]

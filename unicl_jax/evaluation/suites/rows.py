@@ -29,7 +29,7 @@ FIELDS = {
     "where": "tables, best place first; places.Place",
     "squash": "whether images are resized to a square, not cropped",
 }
-_PLACE = ("format", "path", *SPLITS, "labels", "options")
+_PLACE = ("format", "path", *SPLITS, "labels", "order", "options")
 _BUILT_IN = {
     "emoji_names": quickstart.emoji_names,
     "emoji_subgroups": lambda: quickstart.emoji_subgroups()[1],
@@ -86,7 +86,7 @@ def task_of(
         metric="",
         sizes=_sizes(at, row.get("sizes", {})),
         how=str(row.get("how", "")),
-        where=_places(at, name, kind, row.get("where")),
+        where=_places(at, file, name, kind, row.get("where")),
         squash=squash,
     )
     if kind == "retrieval":
@@ -135,13 +135,13 @@ def _sizes(at, sizes):
     return dict(sizes)
 
 
-def _places(at, name, kind, where):
+def _places(at, file, name, kind, where):
     """The row's places, and then where everybody may put a task's data."""
     if where is None:
         where = []
     if not isinstance(where, list) or not all(isinstance(w, Mapping) for w in where):
         raise InputError(f"{at}: where must be a list of tables: got {where!r}.")
-    places = [_place(f"{at}: where", place) for place in where]
+    places = [_place(f"{at}: where", file, place) for place in where]
     if any(place.format == "quickstart" for place in places):
         return tuple(places)
     formats = ["prepared", "csv", "npz"]
@@ -157,7 +157,7 @@ def _places(at, name, kind, where):
     return tuple(places)
 
 
-def _place(at, place):
+def _place(at, file, place):
     unknown = sorted(set(place) - set(_PLACE))
     if unknown:
         raise InputError(
@@ -177,7 +177,10 @@ def _place(at, place):
     if not isinstance(options, Mapping):
         raise InputError(f"{at}: options must be a table: got {options!r}.")
     format_ = _one_of(f"{at}: format", place["format"], FORMATS)
-    return Place(format_, place["path"], names, dict(options), labels)
+    order = ()
+    if "order" in place:
+        order = tuple(e[0] for e in _entries(f"{at}: order", file, place["order"]))
+    return Place(format_, place["path"], names, dict(options), labels, order)
 
 
 def _classes(at, file, row):
@@ -189,7 +192,7 @@ def _classes(at, file, row):
         )
     entries = _entries(f"{at}: class_names", file, row["class_names"])
     if "classes" in row:
-        wanted = _entries(f"{at}: classes", file, row["classes"])
+        wanted = _entries(f"{at}: classes", file, row["classes"], ".keys")
         known = {entry[0]: entry for entry in entries}
         lost = [entry[0] for entry in wanted if entry[0] not in known]
         if lost:
@@ -208,14 +211,14 @@ def _classes(at, file, row):
     return tuple(keys), tuple(entry[1] for entry in entries), aliases
 
 
-def _entries(at, file, value) -> list[tuple[str, ...]]:
+def _entries(at, file, value, suffix=".tsv") -> list[tuple[str, ...]]:
     """(key, name, aliases ...) of each class."""
     if isinstance(value, Mapping):
         return [(str(k), *_words(f"{at}: {k}", v)) for k, v in value.items()]
     if isinstance(value, str) and value in _BUILT_IN:
         value = list(_BUILT_IN[value]())
     if isinstance(value, str):
-        lines = _lines(at, file, value, "class_names")
+        lines = _lines(at, file, value, "class_names", suffix)
         entries = [tuple(line.split("\t")) for line in lines]
     else:
         entries = [(str(each),) for each in _words(at, value)]
@@ -249,23 +252,23 @@ def _templates(at, file, value):
     if value is None:
         raise InputError(f"{at} must be given: they are {FIELDS['templates']}.")
     if isinstance(value, str) and value not in TEMPLATES:
-        value = [line for line in _lines(at, file, value, "templates") if line]
+        value = [line for line in _lines(at, file, value, "templates", ".txt") if line]
     try:
         return load_templates(value)
     except (InputError, TypeError) as error:
         raise InputError(f"{at}: {error}") from error
 
 
-def _lines(at, file, name, folder):
+def _lines(at, file, name, folder, suffix):
     """The lines of a file: one that ships, or one by its path, beside `file`."""
     shipped = resources.files(__package__) / folder
     if "/" not in name and "." not in name:
-        names = [os.path.splitext(each.name)[0] for each in shipped.iterdir()]
-        known = sorted({*names, *(TEMPLATES if folder == "templates" else _BUILT_IN)})
+        files = [os.path.splitext(each.name) for each in shipped.iterdir()]
+        names = [stem for stem, end in files if end == suffix]
         if name not in names:
-            known = [n for n in known if n != "SOURCES"]
+            more = {".txt": TEMPLATES, ".tsv": _BUILT_IN}.get(suffix, ())
+            known = {*names, *more}
             raise InputError(f'{at}: got "{name}"; {did_you_mean(name, known)}')
-        suffix = ".txt" if folder == "templates" else ".tsv"
         text = (shipped / f"{name}{suffix}").read_text(encoding="utf-8")
         return text.splitlines()
     path = os.path.join(os.path.dirname(file), os.path.expanduser(name))
