@@ -1,0 +1,1 @@
+"""The report: reads runs and their evaluations, and draws one page of them."""
