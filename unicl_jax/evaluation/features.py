@@ -156,10 +156,9 @@ def _stream(embedder, source, start, between):
         good = ~np.isin(indices, [skip.index for skip in rows.skipped])
         images = rows.images[good]
         texts = [t for t, is_good in zip(rows.texts, good, strict=True) if is_good]
-        yield Features(
-            embedder.images(images), rows.labels[good], indices[good], _table(texts)
-        )
+        embedded = embedder.images(images)
         between(int(indices[-1]) + 1, count)
+        yield Features(embedded, rows.labels[good], indices[good], _table(texts))
 
 
 def _table(texts):

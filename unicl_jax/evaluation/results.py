@@ -97,7 +97,7 @@ def table(results: Mapping[str, Any], protocols: Sequence[str]) -> Table:
     for header in ("metric", "ways", *(HEADERS.get(p, p) for p in shown)):
         found.add_column(header, justify="left" if header == "metric" else "right")
     for name, task in tasks.items():
-        if not task["protocols"] and not task.get("missing"):
+        if not task.get("missing") and not {*shown} & {*task["protocols"]}:
             continue
         scores = [_percent(task["protocols"].get(p)) for p in shown]
         if task.get("missing"):

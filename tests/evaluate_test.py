@@ -1,0 +1,264 @@
+"""`python -m unicl_jax.evaluate`: suites on a tiny model, stopped and resumed."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from PIL import Image
+
+import unicl_jax
+from unicl_jax import evaluate, train
+from unicl_jax.data.arrays import ArraySource
+from unicl_jax.data.records import Rows, Skip
+from unicl_jax.errors import InputError
+from unicl_jax.evaluation import features, results
+from unicl_jax.evaluation.embedder import Embedder
+
+SUITE = """
+title = "squares"
+
+[[task]]
+name = "squares"
+title = "Squares"
+metric = "accuracy"
+class_names = ["red", "green", "blue"]
+templates = "short"
+where = [{{ format = "npz", path = "{folder}/squares", val = "" }}]
+
+[[task]]
+name = "gone"
+title = "Not there"
+metric = "mean_per_class"
+class_names = ["a", "b"]
+templates = ["{{}}"]
+how = "draw them, and put them into {{data_dir}}/gone"
+where = [{{ format = "folder", path = "gone" }}]
+
+[[task]]
+name = "captions"
+title = "Captions"
+kind = "retrieval"
+where = [{{ format = "npz", path = "{folder}/captions", train = "", val = "" }}]
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A trained run, and a suite of its data: (workdir, suite's path, last scores)."""
+    folder = tiny_run.write(tmp_path_factory.mktemp("evaluate"))
+    workdir = folder / "run"
+    scores = train.run(tiny_run.config(folder), workdir)
+    with np.load(folder / "labelled.npz") as arrays:
+        for split in ("train", "test"):
+            path = folder / "squares" / f"{split}.npz"
+            path.parent.mkdir(exist_ok=True)
+            np.savez(path, **arrays)
+    with np.load(folder / "captioned.npz") as arrays:
+        (folder / "captions").mkdir()
+        np.savez(folder / "captions" / "test.npz", **arrays)
+    suite = folder / "squares.toml"
+    suite.write_text(SUITE.format(folder=folder))
+    return workdir, suite, scores
+
+
+def call(run, out, *options):
+    workdir, suite, _ = run
+    return evaluate.main(
+        [f"--checkpoint={workdir}", f"--suite={suite}", f"--out={out}", *options]
+    )
+
+
+def test_a_suite_is_scored_as_training_scores_it_and_says_what_is_missing(
+    run, tmp_path, capsys
+):
+    assert call(run, tmp_path, "--data_dir=/nowhere") == 1  # a task is missing
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "put them into /nowhere/gone" in printed.replace("\n", " ")
+    found = json.loads((tmp_path / "results.json").read_text())
+    squares = found["tasks"]["squares"]["protocols"]
+    scores = run[2]
+    assert squares["zero_shot"]["score"] == scores["eval/held_out_top1"]
+    assert f"{100 * squares['zero_shot']['score']:.1f}" in printed
+    assert found["tasks"]["gone"]["missing"]["how"].endswith("/nowhere/gone.")
+    assert not found["tasks"]["gone"]["protocols"]
+    recall = found["tasks"]["captions"]["protocols"]["retrieval"]
+    assert 0 <= recall["metrics"]["image_to_text_r1"] <= 1
+    assert found["model"]["step"] == 6
+    with open(tmp_path / "results.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "top1"]
+    assert {row["protocol"] for row in rows} >= {"zero_shot", "linear_probe"}
+    assert all(row["records"] == "24" for row in rows)
+
+
+def test_every_protocol_leaves_what_a_report_reads(run, tmp_path):
+    call(run, tmp_path, "--task=squares,captions")
+    folder = tmp_path / "tasks" / "squares"
+    for protocol in ("zero_shot", "linear_probe"):
+        told = json.loads((folder / f"{protocol}.json").read_text())
+        assert len(told["per_class"]) == len(told["class_names"]) == 3
+        assert sum(told["per_class_records"]) == 24
+        wrong = sum(pair["count"] for pair in told["confusions"])
+        assert wrong == round(24 * (1 - told["metrics"]["top1"]))
+        with np.load(folder / f"{protocol}.npz") as arrays:
+            hits = arrays["predictions"][:, 0] == arrays["labels"]
+            assert hits.mean() == told["metrics"]["top1"]
+    assert told["best_test_epoch"]["score"] >= told["selected"]
+    shown = json.loads((tmp_path / "tasks/captions/retrieval.json").read_text())
+    with np.load(tmp_path / "tasks/captions/thumbnails.npz") as pictures:
+        there = set(pictures["index"].tolist())
+        assert len(pictures["images"]) == len(there)
+    for example in shown["examples"]["text_to_image"]:
+        assert there >= {image["image"] for image in example["images"]}
+
+
+def test_what_is_done_is_not_done_again_and_changed_data_is(run, tmp_path, monkeypatch):
+    options = ("--task=squares", "--protocol=zero_shot")
+    assert call(run, tmp_path, *options) == 0
+    first = json.loads((tmp_path / "results.json").read_text())
+    embedded = []
+    embed = Embedder.images
+
+    def counted(self, pixels):
+        embedded.append(len(pixels))
+        return embed(self, pixels)
+
+    monkeypatch.setattr(Embedder, "images", counted)
+    assert call(run, tmp_path, *options) == 0
+    assert not embedded
+    second = json.loads((tmp_path / "results.json").read_text())
+    assert second["tasks"] == first["tasks"]
+    # What one task was scored on may change; so do its features.
+    path = run[1].parent / "squares" / "test.npz"
+    whole = path.read_bytes()
+    with np.load(path) as arrays:
+        changed = {**arrays, "labels": np.roll(arrays["labels"], 1)}
+    np.savez(path, **changed)
+    try:
+        assert call(run, tmp_path, *options) == 0
+        assert embedded == [24]
+        third = json.loads((tmp_path / "results.json").read_text())
+        assert third["tasks"]["squares"] != first["tasks"]["squares"]
+    finally:
+        path.write_bytes(whole)
+
+
+def test_an_extraction_that_is_killed_goes_on_with_the_parts_it_has(
+    run, tmp_path, monkeypatch
+):
+    embedder = Embedder(unicl_jax.load(run[0]), batch_size=4)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (50, 16, 16, 3), dtype=np.uint8)
+    source = ArraySource("x", images, labels=np.arange(50) % 3, class_names="abc")
+    whole = features.extract(embedder, source, tmp_path / "whole.npz")
+    monkeypatch.setattr(features, "PART", 16)
+    monkeypatch.setattr(features, "ROWS", 8)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done, of):
+        if done >= 40:
+            raise Killed
+
+    path, told = tmp_path / "features.npz", []
+    with pytest.raises(Killed):
+        features.extract(embedder, source, path, kill)
+    assert not path.exists()
+    found = features.extract(embedder, source, path, lambda *x: told.append(x))
+    assert told == [(32, 50), (40, 50), (48, 50), (50, 50)]
+    np.testing.assert_array_equal(found.index, np.arange(50))
+    np.testing.assert_array_equal(found.label, np.arange(50) % 3)
+    np.testing.assert_allclose(found.image, whole.image, atol=1e-6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["features.npz", "whole.npz"]
+
+
+def test_records_that_cannot_be_read_are_no_rows(run, tmp_path):
+    class Holey(ArraySource):
+        def stream(self, requests):
+            for request, rows in zip(*self._two(requests), strict=True):
+                bad = tuple(Skip(i, i, "damaged") for i in (3, 4) if i in request[0])
+                yield Rows(*rows[:3], bad)
+
+        def _two(self, requests):
+            requests = list(requests)
+            return requests, super().stream(requests)
+
+    images = np.zeros((9, 16, 16, 3), np.uint8)
+    source = Holey("x", images, labels=np.arange(9) % 3, class_names="abc")
+    embedder = Embedder(unicl_jax.load(run[0]))
+    found = features.extract(embedder, source, tmp_path / "features.npz")
+    assert found.index.tolist() == [0, 1, 2, 5, 6, 7, 8]
+    assert found.label.tolist() == [0, 1, 2, 2, 0, 1, 2]
+
+
+def test_devices_change_nothing(run):
+    model = unicl_jax.load(run[0])
+    embedder = Embedder(model, batch_size=16)
+    assert embedder.mesh.size == jax.local_device_count() > 1
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (21, 16, 16, 3), dtype=np.uint8)
+    np.testing.assert_allclose(
+        embedder.images(images), model.encode_image(images, normalize=False), atol=1e-6
+    )
+    texts = ["red", "a green square, number 7", "red", "blue"]
+    np.testing.assert_allclose(
+        embedder.texts(texts), model.encode_text(texts), atol=1e-6
+    )
+
+
+def test_another_model_is_refused_before_it_overwrites(run, tmp_path):
+    call(run, tmp_path, "--task=squares", "--protocol=zero_shot")
+    before = (tmp_path / "results.json").read_bytes()
+    found = json.loads(before)
+    found["model"]["digest"] = "other"
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    assert call(run, tmp_path, "--task=squares") == evaluate.BAD_INPUT
+    (tmp_path / "results.json").write_bytes(before)
+    assert call(run, tmp_path, "--task=squares", "--protocol=zero_shot") == 0
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--task=sqares"], 'did you mean "squares"'),
+        (["--protocol=zeroshot"], 'did you mean "zero_shot"'),
+        (["--suite=ofline"], 'did you mean "offline"'),
+        (["--checkpoint=/nowhere"], "is no file or folder"),
+        (["picture.png"], "--names"),
+        (["--names=/nowhere.txt", "picture.png"], "/nowhere.txt"),
+    ],
+)
+def test_wrong_input_is_answered(run, tmp_path, capsys, options, said):
+    assert call(run, tmp_path, *options) == evaluate.BAD_INPUT
+    assert said in capsys.readouterr().err
+
+
+def test_a_protocol_that_cannot_be_done_says_why(run, tmp_path):
+    call(run, tmp_path, "--task=captions", "--protocol=linear_probe,retrieval")
+    found = json.loads((tmp_path / "results.json").read_text())["tasks"]["captions"]
+    assert found["skipped"] == {"linear_probe": "not for tasks of retrieval"}
+    assert [*found["protocols"]] == ["retrieval"]
+
+
+def test_pictures_are_named_out_of_a_text_file(run, tmp_path, capsys):
+    names, picture = tmp_path / "names.txt", tmp_path / "red.png"
+    names.write_text("red\ngreen\nblue\n")
+    Image.new("RGB", (40, 30), "red").save(picture)
+    options = [f"--checkpoint={run[0]}", f"--names={names}", str(picture)]
+    assert evaluate.main(options) == 0
+    printed = capsys.readouterr().out
+    assert "red.png" in printed
+    shares = [
+        float(x.strip(",│ ")) for x in printed.split() if x.strip(",")[-1:].isdigit()
+    ]
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+
+
+def test_results_that_cannot_be_read_say_so(tmp_path):
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(InputError, match="delete it"):
+        results.read_results(tmp_path)

@@ -1,0 +1,69 @@
+"""Protocols that learn from a task's training set, on features that stay."""
+
+from unicl_jax.evaluation.context import Context, Outcome
+from unicl_jax.evaluation.judge import judged
+from unicl_jax.evaluation.probe import linear_probe as probe
+
+
+def linear_probe(context: Context) -> Outcome:
+    """ELEVATER's linear probe, its setting chosen on validation data alone."""
+    data, test, task = context.features("train"), context.features("test"), context.task
+    validation, start = None, None
+    if "val" in context.splits:
+        validation = context.features("val")[:2]
+    if context.options.text_head and context.embedder.has_texts:
+        start = context.classes()
+    context.progress.start(f"{task.name}: linear probe")
+    found = probe(
+        data.image,
+        data.label,
+        test.image,
+        test.label,
+        classes=task.num_classes,
+        metric=task.metric,
+        validation=validation,
+        start=start,
+    )
+    outcome = judged(context, found.scores, test)
+    details = outcome.details | {
+        "head_init": "random" if start is None else "text",
+        "chosen": {
+            "learning_rate": found.learning_rate,
+            "weight_decay": found.weight_decay,
+            "epoch": len(found.test_curve),
+        },
+        "curves": [
+            {
+                "learning_rate": curve.learning_rate,
+                "weight_decay": curve.weight_decay,
+                "val": None if curve.diverged else max(curve.scores),
+            }
+            for curve in found.sweep
+        ],
+        "diverged": found.diverged,
+        "validation": found.validation,
+        "selected": found.selected,
+        "best_validation_epoch": found.best_validation_epoch,
+        "best_test_epoch": {
+            "score": found.best_test_epoch,
+            "epoch": found.test_curve.index(found.best_test_epoch) + 1,
+        },
+        "epochs": [
+            {"epoch": i, "test": score} for i, score in enumerate(found.test_curve, 1)
+        ],
+    }
+    said = (
+        f"{len(found.sweep)} settings, {found.diverged} diverged; chosen on validation "
+        "data; the best epoch on the test set would say "
+        f"{100 * found.best_test_epoch:.1f}"
+    )
+    return outcome._replace(
+        score=found.selected,
+        metrics={
+            **outcome.metrics,
+            "best_test_epoch": found.best_test_epoch,
+            "validation": found.validation,
+        },
+        details=details,
+        said=said,
+    )
