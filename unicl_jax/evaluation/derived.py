@@ -270,12 +270,26 @@ def _npy(task, reader, found):
 
 def _names(task, reader, found):
     """Texts that are names of classes: the rows of one image in a table."""
+    texts = reader.index.texts
+    given = {n for i in range(len(texts)) for n in _texts(texts[i])}
+    lost = sorted(name for name in given if task.join([name])[0] < 0)
+    if lost:
+        raise InputError(
+            f'task "{task.name}": classes of the data must be classes of the task: '
+            f'"{lost[0]}" in {found.path} is not, nor are {len(lost) - 1} more; rename '
+            "them there, or add them as aliases to the task's class_names (a third "
+            "column)."
+        )
 
     def show(index):
         image, text, _ = reader.read(index)
-        return Shown(image, [name.decode() for name in text.split(SEPARATOR)])
+        return Shown(image, _texts(text))
 
     return show
+
+
+def _texts(joined: bytes) -> list[str]:
+    return [text.decode().strip() for text in joined.split(SEPARATOR)]
 
 
 def _example(reader, index):

@@ -140,6 +140,7 @@ def open_found(
 _RULES = {
     ("multi_label", "webdataset"): "npy",
     ("multi_label", "csv"): "names",
+    ("classification", "csv"): "names",
     ("retrieval", "webdataset"): "lines",
 }
 
@@ -247,12 +248,6 @@ def _config(task, found, preprocess):
             f"{found.folder} has no names; set `order` of the place to the keys of the "
             "classes in the order of their numbers."
         )
-    elif place.format == "csv":
-        # A mapping, for cells that are numbers must be names, too.
-        named = dict(zip(task.class_keys, task.class_keys, strict=True))
-        named |= {alias: task.class_keys[i] for alias, i in task.aliases.items()}
-        if all(key.isdecimal() for key in task.class_keys) or task.aliases:
-            config["class_names"] = named
     return config
 
 

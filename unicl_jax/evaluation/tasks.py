@@ -1,5 +1,6 @@
 """A task: one row of a suite. What is asked of a model, and of which data."""
 
+import collections
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -89,7 +90,7 @@ class Task:
           [len(names)] int32; -1 where the task has no such class.
 
         Raises:
-          InputError: if two names are one class.
+          InputError: if two names are the same.
         """
         by_key = {name_key(key): i for i, key in enumerate(self.class_keys)}
         wanted = [name_key(name) for name in names]
@@ -97,17 +98,14 @@ class Task:
             by_name = {name_key(n): i for n, i in self.aliases.items()}
             by_name |= {name_key(n): i for i, n in enumerate(self.class_names)}
             by_key = by_name | by_key
-        labels = np.array([by_key.get(name, -1) for name in wanted], np.int32)
-        found = labels[labels >= 0]
-        if len(set(found.tolist())) < len(found):
-            label = int(np.flatnonzero(np.bincount(found) > 1)[0])
-            both = [n for n, i in zip(names, labels, strict=True) if i == label]
+        twice = [n for n, count in collections.Counter(wanted).items() if count > 1]
+        if twice:
             raise InputError(
-                f'task "{self.name}": the classes of the data must be different '
-                f'classes: "{both[0]}" and "{both[1]}" are both '
-                f'"{self.class_keys[label]}"; rename one, or mend the class names.'
+                f'task "{self.name}": classes of the data must have names of their '
+                f'own: two or more are called "{names[wanted.index(twice[0])]}"; '
+                "rename one, or say the place's `order`."
             )
-        return labels
+        return np.array([by_key.get(name, -1) for name in wanted], np.int32)
 
     def unknown(self, names: Sequence[str]) -> str:
         """Names of data that are no class of the task, for a message; "" if none."""
@@ -175,7 +173,7 @@ class Task:
             if place.format == "tfds" and not self.how:
                 root = os.path.join("{data_dir}", "tensorflow_datasets")
                 ways.append(f"run `tfds build {place.path} --data_dir={root}`")
-            elif place.format == "webdataset" and place.path != f"wds_{self.name}":
+            elif place.format == "webdataset" and place.path.startswith("wds_"):
                 ways.append(f"put {_PUBLISHED}{place.path} into {path}")
             elif place.format == "folder" and place.path == self.name and not self.how:
                 ways.append(f"put images into class folders, {path}/{name}/CLASS")

@@ -144,14 +144,12 @@ def _places(at, file, name, kind, where):
     places = [_place(f"{at}: where", file, place) for place in where]
     if any(place.format == "quickstart" for place in places):
         return tuple(places)
-    formats = ["prepared", "csv", "npz"]
-    if kind == "classification":
-        formats.insert(0, "folder")
+    formats = ["webdataset", "folder", "prepared", "csv", "npz"]
+    if kind != "classification":
+        formats.remove("folder")
     if kind == "multi_label":
-        formats = ["npz"]
-    # As CLIP_benchmark calls what it publishes.
-    standard = [Place("webdataset", f"wds_{name}")]
-    standard += [Place(format, name) for format in formats]
+        formats.remove("prepared")
+    standard = [Place(format_, name) for format_ in formats]
     given = [(place.format, place.path) for place in places]
     places += [p for p in standard if (p.format, p.path) not in given]
     return tuple(places)
