@@ -39,27 +39,28 @@ def confusions(task: Task, protocol: Protocol, limit: int = PAIRS) -> Html | Non
         return el("p", "No class was taken for another.", class_="note")
     pictures = Pictures(task.folder)
     shown = _guesses(protocol, pictures)
+    once = pairs[0][2] == 1  # of a class with one record all is always mixed up
     items = []
     for true, predicted, count, share in pairs[:limit]:
         names = [class_name(task, k) for k in (true, predicted)]
         of = f" ({percent(share)} % of the first)" if share is not None else ""
-        wrong = [i for i, g in shown.items() if g == (true, predicted)]
         parts = [
             pictures.show(i, f"{names[0]}, taken for {names[1]}", False)
-            for i in wrong[:OF_A_PAIR]
+            for i in _of(shown, true, predicted)[:OF_A_PAIR]
         ]
         for k, name in zip((true, predicted), names, strict=True):
-            right = [i for i, g in shown.items() if g == (k, k)]
-            parts += [pictures.show(i, name, True) for i in right[:1]]
-        items.append(
-            el(
-                "li",
-                el("div", name_of(names[0], 80), " \u2192 ", name_of(names[1], 80),
-                   el("small", f" {count:,}\u00d7{of}")),
-                el("div", *parts, class_="pics") if any(parts) else None,
-            )
-        )  # fmt: skip
-    return el("ol", *items, class_="pairs")
+            right = _of(shown, k, k)[:1]
+            if right:
+                parts.append(pictures.show(right[0], name, True))
+            elif k == predicted:  # what it looks like, whatever it was taken for
+                parts += [pictures.show(i, name) for i in _of(shown, k)[:1]]
+        head = [name_of(names[0], 80), " \u2192 ", name_of(names[1], 80)]
+        tail = None if once else el("small", f" {count:,}\u00d7{of}")
+        box = el("div", *parts, class_="pics") if any(parts) else None
+        items.append(el("li", el("div", *head, tail), box))
+    told = "No pair of classes is mixed up more than once. Some mistakes:"
+    note = el("p", told, class_="note") if once else None
+    return join(note, el("ol", *items, class_="pairs"))
 
 
 def class_name(task: Task, index: int) -> str:
@@ -104,6 +105,11 @@ def _guesses(protocol, pictures):
     return {int(arrays["index"][i]): (int(labels[i]), int(first[i])) for i in kept}
 
 
+def _of(shown, true, predicted=None):
+    """The records with pictures of a class, taken for another or for any."""
+    return [i for i, (a, b) in shown.items() if a == true and predicted in (None, b)]
+
+
 def _rank(example):
     rank = whole(example.get("rank"))
     if rank is None:
@@ -131,7 +137,7 @@ def _of_image(example, pictures):
     own = [x for x in given if isinstance(x, str)] if isinstance(given, list) else []
     tail = None
     if own and (whole(example.get("rank")) or 2) > len(rows):
-        tail = el("small", " Its own: ", name_of(own[0], 200))
+        tail = el("small", "; its own text: ", name_of(own[0], 200))
     return el("li", query, el("div", el("ol", *rows), _rank(example), tail))
 
 
@@ -147,7 +153,7 @@ def _of_text(example, pictures):
     own = [whole(x) for x in given] if isinstance(given, list) else []
     lost = [i for i in own if i is not None and i not in seen and i in pictures]
     if lost and not seen & set(own):
-        shown.append(el("small", " right: "))
-        shown.append(pictures.show(lost[0], f"the right one for {shorten(query, 80)}"))
+        picture = pictures.show(lost[0], f"the right one for {shorten(query, 80)}")
+        shown.append(el("span", el("small", "right: "), picture, class_="one"))
     head = el("div", "\u201c", name_of(query, 300), "\u201d ", _rank(example))
     return el("li", el("div", head, el("div", *shown, class_="pics")))

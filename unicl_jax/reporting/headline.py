@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from unicl_jax.reporting.markup import Html, el, join, markdown, name_of
+from unicl_jax.reporting.markup import Html, el, markdown, name_of
 from unicl_jax.reporting.results import METRICS, PROTOCOLS, Protocol, Task, number
 from unicl_jax.reporting.runs import Run
 from unicl_jax.reporting.training import evaluated
@@ -154,13 +154,13 @@ def board_html(board: Board, runs: Sequence[Run]) -> Html:
         body.append(el("tr", el("th", title, scope="row"), blank, cells, class_="mean"))
     notes = [el("p", note, class_="note") for note in board.notes]
     if not body:
-        return join(*notes)
+        return el("div", *notes)
     table = el("table", el("thead", head), el("tbody", *body))
     said = f"{board.title}, scores in percent"
     box = el(
         "div", table, class_="scroll", role="region", aria_label=said, tabindex="0"
     )
-    return join(el("h3", board.title), box, *notes)
+    return el("div", el("h4", board.title), box, *notes)
 
 
 def board_markdown(board: Board, runs: Sequence[Run]) -> str:

@@ -10,7 +10,7 @@ VOID = frozenset({"br", "circle", "img", "line", "meta", "path", "rect"})
 _UNSAID = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]"
 )
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$-])")
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$]|^[#+=-])")
 
 
 class Html(str):

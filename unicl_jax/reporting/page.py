@@ -1,5 +1,6 @@
 """The page, and the Markdown beside it."""
 
+import datetime
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
@@ -110,12 +111,12 @@ def _results(runs):
             "Nothing was evaluated yet: python -m unicl_jax.evaluate does it.",
             class_="note",
         )
-    parts, suite = [], None
-    for board in boards:
-        if board.suite != suite:
-            suite = board.suite
-            parts.append(el("h3", "Suite ", name_of(suite, 80)))
-        parts.append(headline.board_html(board, runs))
+    parts = []
+    for suite in dict.fromkeys(board.suite for board in boards):
+        own = [headline.board_html(b, runs) for b in boards if b.suite == suite]
+        title = suite if suite == headline.WHILE_TRAINING else f"suite {suite}"
+        parts.append(el("h3", name_of(title[:1].upper() + title[1:], 80)))
+        parts.append(el("div", *own, class_="boards"))
     return join(*parts)
 
 
@@ -175,7 +176,13 @@ def _value(value: Any) -> Html:
 
 
 def _date(run):
-    return next((r.date for r in run.results if r.date), run.date)
+    given = next((r.date for r in run.results if r.date), run.date)
+    try:
+        moment = datetime.datetime.fromisoformat(given or "")
+    except ValueError:
+        return given
+    zone = " UTC" if moment.utcoffset() == datetime.timedelta(0) else ""
+    return f"{moment:%Y-%m-%d %H:%M}{zone}"
 
 
 def _evaluated(run):

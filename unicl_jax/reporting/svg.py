@@ -50,6 +50,9 @@ class Axis:
                 low, high = min(low, 0.0), max(high, 0.0)
             if high - low <= 1e-12 * max(abs(high), abs(low), 1e-300):
                 low, high = low - (0.5 * abs(low) or 0.5), high + (0.5 * abs(high) or 1)
+            room = 0.04 * (high - low)
+            low -= room * (low != 0 or not from_zero)
+            high += room * (high != 0 or not from_zero)
             self._low, self._high = low, high
 
     def __call__(self, value: float) -> float:
