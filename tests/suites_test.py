@@ -6,6 +6,7 @@ from importlib import resources
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from unicl_jax.data.labels import load_class_names
 from unicl_jax.data.prompts import TEMPLATES
@@ -259,6 +260,12 @@ def test_a_wrong_row_is_told_with_file_task_and_field(change, said):
     with pytest.raises(InputError, match=said) as raised:
         load_tasks([{**ROW, **change}], "mine", "mine.toml")
     assert str(raised.value).startswith('mine.toml: task "')
+
+
+def test_rows_may_stand_in_a_recipe():
+    row = {**ROW, "where": ({"format": "folder", "path": "/data/pets"},)}
+    (task,) = load_tasks([ConfigDict(row)], "recipe", "recipe.py")
+    assert task.where[0].path == "/data/pets" and task.class_names == ("cat", "dog")
 
 
 def test_a_suite_of_ones_own(tmp_path):

@@ -450,3 +450,22 @@ def test_splits_are_told_by_dataset_info_not_by_the_folder(tmp_path):
     (newer / "dataset_info.json").write_text(json.dumps(info))
     assert elevater("dtd").find("test", str(tmp_path)).path == str(newer)
     assert elevater("dtd").find("train", str(tmp_path)).path == str(folder)
+    (newer / "dataset_info.json").write_text("{}")
+    with pytest.raises(InputError, match="must say the splits of a prepared TFDS"):
+        elevater("dtd").find("train", str(tmp_path))
+
+
+@pytest.mark.parametrize("pct, zoom", [(224 / 256, 256 / 224), (1, 1)])
+def test_how_much_of_the_margin_is_cropped(tmp_path, pct, zoom):
+    image = Image.fromarray(np.tile(np.arange(90, dtype=np.uint8), (60, 1)) * 2)
+    image = image.convert("RGB")
+    folder = tmp_path / "mnist" / "test" / "3"
+    folder.mkdir(parents=True)
+    image.save(folder / "0.png")
+    cut = {"name": "center", "crop_pct": pct}
+    source = elevater("mnist").open("test", str(tmp_path), 30, cut)
+    short = int(30 * zoom)
+    wide = image.resize((short * 90 // 60, short), Image.Resampling.BICUBIC)
+    left, top = round((wide.width - 30) / 2), round((short - 30) / 2)
+    crop = wide.crop((left, top, left + 30, top + 30))
+    np.testing.assert_array_equal(rows_of(source).images[0], np.asarray(crop))

@@ -1,8 +1,22 @@
 """Protocols that learn from a task's training set, on features that stay."""
 
+from unicl_jax.evaluation import knn as nearest
 from unicl_jax.evaluation.context import Context, Outcome
 from unicl_jax.evaluation.judge import judged
 from unicl_jax.evaluation.probe import linear_probe as probe
+
+
+def knn(context: Context) -> Outcome:
+    """The nearest training images vote, by cosine."""
+    data, test = context.training(), context.features("test")
+    context.progress.start(f"{context.task.name}: k-NN")
+    k = min(context.options.neighbors, len(data.image))
+    scores = nearest.knn(
+        data.image, data.label, test.image, k=k, classes=context.task.num_classes
+    )
+    chosen = {"k": k, "temperature": nearest.TEMPERATURE}
+    outcome = judged(context, scores, test)
+    return outcome._replace(details={**outcome.details, "chosen": chosen})
 
 
 def linear_probe(context: Context) -> Outcome:

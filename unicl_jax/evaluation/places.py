@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from unicl_jax.data.shards import gfile, is_remote, open_shard
+from unicl_jax.errors import InputError
 
 SPLITS = ("train", "val", "test")
 # Of a format: what its splits are called, "{}" standing for one of SPLITS.
@@ -145,11 +146,20 @@ def _tfds_version(folder: str, split: str) -> str:
     for version in versions:
         info = os.path.join(version, "dataset_info.json")
         if exists(info):
-            with open_shard(info) as file:
-                splits = json.loads(file.read()).get("splits", [])
-            if re.split(r"[\[+]", split)[0] in [each["name"] for each in splits]:
+            if re.split(r"[\[+]", split)[0] in _splits_of(info):
                 return version
     return ""
+
+
+def _splits_of(info: str) -> list[str]:
+    try:
+        with open_shard(info) as file:
+            return [each["name"] for each in json.loads(file.read())["splits"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{info} must say the splits of a prepared TFDS dataset: it does not "
+            f"({error!r}); prepare the data again."
+        ) from error
 
 
 def exists(path: str) -> bool:

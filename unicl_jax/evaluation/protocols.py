@@ -89,6 +89,7 @@ PROTOCOLS = {
         kinds=("classification", "multi_label"),
         needs_texts=True,
     ),
+    "knn": Protocol(learned.knn, learns=True, options=("neighbors",)),
     "linear_probe": Protocol(
         learned.linear_probe,
         learns=True,

@@ -59,6 +59,7 @@ def task_of(
     Raises:
       InputError: names file, task and field.
     """
+    row = _plain(row)
     at = f'{file}: task "{row.get("name") or row.get("like") or number}"'
     unknown = sorted(set(row) - set(FIELDS))
     if unknown:
@@ -66,7 +67,6 @@ def task_of(
             f'{at}: fields must be known: got "{unknown[0]}"; '
             f"{did_you_mean(unknown[0], FIELDS)}"
         )
-    row = dict(row)
     if "like" in row:
         row = {**like(row.pop("like"), f"{at}: like"), **row}
     name = row.get("name", "")
@@ -114,6 +114,15 @@ def task_of(
             aliases=aliases,
         )
     )
+
+
+def _plain(value):
+    """A recipe's ConfigDicts and tuples as a TOML file has them."""
+    if hasattr(value, "items"):  # a ConfigDict is no Mapping
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
 
 
 def _one_of(what, value, choices):
@@ -166,10 +175,10 @@ def _place(at, file, place):
         if not isinstance(place.get(field), str) or not place[field]:
             raise InputError(f"{at}: {field} must be a text: got {place.get(field)!r}.")
     names = {split: place[split] for split in SPLITS if split in place}
-    for split, each in names.items():
-        if not isinstance(each, str):
-            raise InputError(f"{at}: {split} must be a text: got {each!r}.")
     labels, options = place.get("labels", ""), place.get("options", {})
+    for field, each in {**names, "labels": labels}.items():
+        if not isinstance(each, str):
+            raise InputError(f"{at}: {field} must be a text: got {each!r}.")
     if labels:
         _one_of(f"{at}: labels", labels, RULES)
     if not isinstance(options, Mapping):
