@@ -92,33 +92,35 @@ def table(results: Mapping[str, Any], protocols: Sequence[str]) -> Table:
     if len(protocols) == 1:
         return _of_one(results, *protocols)
     shown = [p for p in protocols if any(p in t["protocols"] for t in tasks.values())]
-    found = Table()
+    found, with_ways = Table(), len(shown) <= FEW
     found.add_column(f"{results['suite']}, %")
-    for header in ("metric", "ways", *(HEADERS.get(p, p) for p in shown)):
-        found.add_column(header, justify="left" if header == "metric" else "right")
+    for header in ["ways"] * with_ways + [HEADERS.get(p, p) for p in shown]:
+        found.add_column(header, justify="right")
     for name, task in tasks.items():
         if not task.get("missing") and not {*shown} & {*task["protocols"]}:
             continue
         scores = [_percent(task["protocols"].get(p)) for p in shown]
         if task.get("missing"):
             scores = ["missing", *[""] * (len(shown) - 1)][: len(shown)]
-        ways = f"{task['classes']:,}" if task.get("classes") else ""
-        found.add_row(name, METRIC_NAMES[task["metric"]], ways, *scores)
+        ways = [f"{task['classes']:,}" if task.get("classes") else ""] * with_ways
+        more = (
+            "" if task["metric"] in ("accuracy", "") else METRIC_NAMES[task["metric"]]
+        )
+        found.add_row(f"{name}, {more}" if more else name, *ways, *scores)
     averaged = [
         [
-            t["protocols"][p]["score"]
-            for t in tasks.values()
-            if p in t["protocols"] and t["protocols"][p]["score"] is not None
+            task["protocols"][p]["score"]
+            for task in tasks.values()
+            if task["protocols"].get(p, {}).get("score") is not None
         ]
         for p in shown
     ]
     if any(len(scores) > 1 for scores in averaged):
         found.add_section()
-        cells = [
-            f"{100 * float(np.mean(scores)):.1f} ({len(scores)})" if scores else ""
-            for scores in averaged
-        ]
-        found.add_row("mean (tasks)", "", "", *cells)
+        means = [f"{100 * np.mean(x):.1f}" if len(x) > 1 else "" for x in averaged]
+        counts = [str(len(x)) if len(x) > 1 else "" for x in averaged]
+        found.add_row("mean", *[""] * with_ways, *means)
+        found.add_row("of so many tasks", *[""] * with_ways, *counts)
     return found
 
 
@@ -157,6 +159,7 @@ def _of_one(results, protocol):
     return table
 
 
+FEW = 3  # protocols, with which there is room for another column
 HEADERS = {
     "zero_shot": "zero-shot",
     "knn": "k-NN",
