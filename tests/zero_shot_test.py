@@ -14,6 +14,7 @@ from unicl_jax.augment import MEAN, STD
 from unicl_jax.data import quickstart
 from unicl_jax.data.arrays import ArraySource
 from unicl_jax.encoders import TwoTower, unit
+from unicl_jax.errors import InputError
 from unicl_jax.evaluation import ZeroShotTask, make_encoders, pixel_nearest, zero_shot
 
 SIZE, LENGTH, VOCAB, DIM = 4, 24, 128, 16
@@ -230,6 +231,34 @@ def test_the_number_of_ways_is_the_number_of_names_seen_or_not(make_mesh):
     images = np.zeros((9, SIZE, SIZE, 3), np.uint8)
     source = ArraySource("shapes", images, labels=labels, class_names=NAMES)
     assert make_task(make_mesh(1), source).ways == len(NAMES)
+
+
+# --- All scores.
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50, 4096])
+def test_scores_are_cosines_in_blocks_of_any_size(rows):
+    rng = np.random.default_rng(0)
+    features, classes = rng.normal(size=(50, 16)) * 9, rng.normal(size=(7, 16))
+    found = zero_shot.scores(features.astype("f4"), classes.astype("f4"), rows)
+    assert found.dtype == np.float32
+    expected = normed(features) @ normed(classes).T
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "features, classes, said",
+    [
+        (np.ones((5, 3)), np.ones((2, 4)), r"one width: got \(5, 3\) and \(2, 4\)"),
+        (np.ones(3), np.ones((2, 3)), "one width"),
+        (np.ones((0, 3)), np.ones((2, 3)), "an image and a class"),
+        (np.full((5, 3), np.nan), np.ones((2, 3)), "image features must be finite"),
+        (np.ones((5, 3)), np.full((2, 3), np.inf), "class embeddings must be finite"),
+    ],
+)
+def test_scores_of_what_does_not_fit_are_refused(features, classes, said):
+    with pytest.raises(InputError, match=said):
+        zero_shot.scores(features.astype("f4"), classes.astype("f4"))
 
 
 # --- The baseline.

@@ -93,19 +93,19 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     processes.agree(found, workdir)
     program = make_program(config, model, mesh, len(concepts.names))
     compiled_encoders = evaluation.make_encoders(
-        model, mesh, program.objective, concepts.index, config.model.normalization
+        model,
+        mesh,
+        program.objective,
+        concepts.index,
+        config.model.normalization,
+        text,
     )
-
-    def prompt_tokens(texts):
-        tokens = tokenize(texts)
-        return tokens if text_length == "full" else data.cut(tokens)
-
     tasks = [
         evaluation.ZeroShotTask(
             name,
             data.make_source(name, task, image_size, train=False),
             data.load_templates(task.templates),
-            prompt_tokens,
+            tokenize,
             compiled_encoders,
         )
         for name, task in config.evaluations.items()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 
 from unicl_jax import sharding
 from unicl_jax.augment import normalize
-from unicl_jax.data.prompts import fill
 from unicl_jax.data.records import Request, Source
 from unicl_jax.data.synonyms import name_key
-from unicl_jax.encoders import TwoTower
+from unicl_jax.encoders import TwoTower, unit
 from unicl_jax.errors import InputError
+from unicl_jax.evaluation import classifier
 from unicl_jax.objectives import Objective
 
 TOP = 5
@@ -42,6 +42,8 @@ class Encoders(NamedTuple):
     image: Callable
     text: Callable
     mesh: Mesh
+    # Options of the text tower, which say what slots it need not be given; None: all.
+    text_tower: Mapping[str, Any] | None = None
     # Where concepts are told apart without texts: params -> [concepts, D], and the
     # concept of each name, as `name_key` compares them.
     concepts: Callable | None = None
@@ -54,6 +56,7 @@ def make_encoders(
     objective: Objective | None = None,
     concepts: Mapping[str, int] = MappingProxyType({}),
     normalization: str = "imagenet",
+    text_tower: Mapping[str, Any] | None = None,
 ) -> Encoders:
     """Compiles a model for evaluation.
 
@@ -64,6 +67,8 @@ def make_encoders(
         concepts, in a way of its own.
       concepts: the concept of each name: `index` of the run's concept table.
       normalization: of pixels; a key of `augment.NORMALIZATIONS`.
+      text_tower: `encoders.options` of the text tower, by which its texts take no more
+        slots than they need; None: it is given all slots.
 
     Returns:
       The encoders: of uint8 images [n, H, W, 3], and of tokens [n, L].
@@ -82,7 +87,8 @@ def make_encoders(
 
     whole, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
     layout = dict(in_shardings=(None, None, rows), out_shardings=whole)
-    encoders = Encoders(jax.jit(image, **layout), jax.jit(text, **layout), mesh)
+    image, text = (jax.jit(encode, **layout) for encode in (image, text))
+    encoders = Encoders(image, text, mesh, text_tower)
     if objective is None or objective.concepts is None:
         return encoders
     of_concepts = jax.jit(objective.concepts, out_shardings=whole)
@@ -115,12 +121,10 @@ class ZeroShotTask:
           encoders: of the model that will be scored.
         """
         self.name, self.source, self._encoders = name, source, encoders
-        self._num_templates = len(templates)
         names = source.class_names
         self._concepts = None
         if encoders.concepts is None:
-            texts = [fill(t, name) for name in names for t in templates]
-            self._tokens = tokenize(texts)
+            self._prompts = classifier.make_prompts(names, templates, tokenize)
         else:
             self._concepts = _concepts_of(self.name, names, encoders.index)
         # On every device of every process, so that each can read all of it.
@@ -183,9 +187,7 @@ class ZeroShotTask:
     def class_embeddings(
         self, params, state, between: Callable[[], None] = lambda: None
     ) -> np.ndarray:
-        """The classifier: of each class the mean of its prompts' embeddings, unit.
-
-        c_k = unit(mean_t unit(f_text(prompt_t(name_k))))
+        """What stands for each class: `classifier.class_embeddings`, or concepts.
 
         Args:
           params: of the two towers.
@@ -194,34 +196,75 @@ class ZeroShotTask:
 
         Returns:
           [classes, D] float32.
-
-        Source: UniCL's release, zero-shot evaluation; CLIP, section 3.1.4.
         """
+        encoders = self._encoders
         if self._concepts is not None:
-            return np.asarray(self._encoders.concepts(params))[self._concepts]
-        count, batch = len(self._tokens), self._batch_size(len(self._tokens))
-        padding = np.repeat(self._tokens[-1:], -count % batch, 0)
-        tokens = np.concatenate([self._tokens, padding])
-        local = batch // jax.process_count()
-        first = jax.process_index() * local
-        embeddings = []
-        for start in range(0, count, batch):
-            mine = tokens[start + first : start + first + local]
-            put = sharding.global_batch(self._encoders.mesh, dict(tokens=mine))
-            encoded = self._encoders.text(params, state, put["tokens"])
-            embeddings.append(np.asarray(encoded))
-            between()
-        by_class = np.concatenate(embeddings)[:count].reshape(
-            self.ways, self._num_templates, -1
+            return np.asarray(encoders.concepts(params))[self._concepts]
+        return classifier.class_embeddings(
+            encoders.text,
+            params,
+            state,
+            self._prompts,
+            encoders.mesh,
+            encoders.text_tower,
+            between,
         )
-        mean = by_class.mean(1)
-        norm = np.linalg.norm(mean, axis=-1, keepdims=True)
-        return mean / np.maximum(norm, 1e-12)
 
     def _batch_size(self, rows):
         """At most BATCH, no more than the rows need, a multiple of the devices."""
         devices = self._encoders.mesh.size
         return -(-min(BATCH, rows) // devices) * devices
+
+
+def scores(
+    image_features: np.ndarray, class_embeddings: np.ndarray, rows: int = 4096
+) -> np.ndarray:
+    """Cosine similarities of images and classes, for metrics that need all of them.
+
+    s_ik = <unit(f_i), unit(c_k)>
+
+    Args:
+      image_features: [n, D] float, unit or not.
+      class_embeddings: [K, D] float, unit or not.
+      rows: images at a time.
+
+    Returns:
+      [n, K] float32 in [-1, 1], but for rounding.
+
+    Raises:
+      InputError: if the arrays don't fit each other, are empty, or are not finite.
+    """
+    features, classes = map(np.asarray, (image_features, class_embeddings))
+    if features.ndim != 2 or classes.ndim != 2 or features.shape[1] != classes.shape[1]:
+        raise InputError(
+            "image features [n, D] and class embeddings [K, D] must be of one width: "
+            f"got {features.shape} and {classes.shape}."
+        )
+    if not features.size or not classes.size:
+        raise InputError(
+            "there must be an image and a class: got features "
+            f"{features.shape} and class embeddings {classes.shape}."
+        )
+    for what, x in (("image features", features), ("class embeddings", classes)):
+        bad = np.flatnonzero(~np.isfinite(x.astype(np.float32)).all(1))
+        if len(bad):
+            raise InputError(
+                f"{what} must be finite: got NaN or infinity in {len(bad)} rows, as "
+                f"{bad[0]}; look for what made them so."
+            )
+    found = np.empty((len(features), len(classes)), np.float32)
+    rows = min(rows, len(features))
+    for start in range(0, len(features), rows):
+        start = min(start, len(features) - rows)  # some again, for one shape
+        part = slice(start, start + rows)
+        found[part] = _cosine(features[part], classes)
+    return found
+
+
+@jax.jit
+def _cosine(features, classes):
+    u, v = unit(features), unit(classes)
+    return jnp.matmul(u, v.T, precision=lax.Precision.HIGHEST)
 
 
 def _concepts_of(task, names, known):
