@@ -174,7 +174,7 @@ def test_averages_are_not_turned_on_in_the_middle_of_a_run(tmp_path):
 
 
 def test_an_evaluations_name_says_that_it_is_of_averages():
-    scores = {"shoes": Scores(0.5, 0.75, None, None)}
+    scores = {"shoes": Scores({"top1": 0.5, "top5": 0.75})}
     plain = train._by_metric_key(scores, 0.0)
     assert set(plain) == {"eval/shoes_top1", "eval/shoes_top5"}
     ema = train._by_metric_key(scores, 0.9)

@@ -749,7 +749,7 @@ def table_lines(name, width):
         ways, by_prompts = 21_841, True
 
     Task.name = name
-    scores = {name: Scores(0.1234, 0.4567, None, None)}
+    scores = {name: Scores({"top1": 0.1234, "top5": 0.4567})}
     console = Console(width=width)
     with console.capture() as capture:
         console.print(evaluation_table([Task], scores, {name: (0.5, 1.0)}))

@@ -15,7 +15,13 @@ from unicl_jax.data import quickstart
 from unicl_jax.data.arrays import ArraySource
 from unicl_jax.encoders import TwoTower, unit
 from unicl_jax.errors import InputError
-from unicl_jax.evaluation import ZeroShotTask, make_encoders, pixel_nearest, zero_shot
+from unicl_jax.evaluation import (
+    ZeroShotTask,
+    encoders,
+    make_encoders,
+    pixel_nearest,
+    zero_shot,
+)
 
 SIZE, LENGTH, VOCAB, DIM = 4, 24, 128, 16
 NAMES = ("cat", "dog", "great white shark", "spoon", "cup", "tea pot", "sloth")
@@ -113,8 +119,8 @@ def check(scores, params, source, templates=TEMPLATES):
     np.testing.assert_array_equal(scores.predictions, order[:, :k])
     np.testing.assert_array_equal(scores.labels, source.labels)
     hits = order[:, :k] == source.labels[:, None]
-    assert scores.top1 == hits[:, 0].mean()
-    assert scores.top5 == hits.any(1).mean()
+    assert scores.metrics["top1"] == hits[:, 0].mean()
+    assert scores.metrics["top5"] == hits.any(1).mean()
 
 
 def test_class_embeddings_are_the_unit_mean_of_unit_prompts(make_mesh):
@@ -175,7 +181,7 @@ def test_scores_and_predictions_are_numpys(make_mesh, devices, seed):
 def test_every_record_counts_once_whatever_divides_the_batch(
     make_mesh, monkeypatch, records
 ):
-    monkeypatch.setattr(zero_shot, "BATCH", 16)
+    monkeypatch.setattr(encoders, "BATCH", 16)
     params, source = make_params(), make_source(records)
     scores = make_task(make_mesh(8), source)(params, {})
     assert scores.predictions.shape == (records, 5)
@@ -185,7 +191,7 @@ def test_every_record_counts_once_whatever_divides_the_batch(
 def test_prompts_are_encoded_in_batches_too(make_mesh, monkeypatch):
     params = make_params()
     whole = make_task(make_mesh(8)).class_embeddings(params, {})
-    monkeypatch.setattr(zero_shot, "BATCH", 8)  # 21 prompts: three batches
+    monkeypatch.setattr(encoders, "BATCH", 8)  # 21 prompts: three batches
     parts = make_task(make_mesh(8)).class_embeddings(params, {})
     # Another batch shape, another blocking of the same float32 sums.
     np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-6)
@@ -194,7 +200,10 @@ def test_prompts_are_encoded_in_batches_too(make_mesh, monkeypatch):
 def test_one_and_eight_devices_agree(make_mesh):
     params, source = make_params(), make_source(100)
     one, eight = (make_task(make_mesh(n), source)(params, {}) for n in (1, 8))
-    assert (one.top1, one.top5) == (eight.top1, eight.top5)
+    assert (one.metrics["top1"], one.metrics["top5"]) == (
+        eight.metrics["top1"],
+        eight.metrics["top5"],
+    )
     np.testing.assert_array_equal(one.predictions, eight.predictions)
     np.testing.assert_array_equal(one.labels, eight.labels)
 
@@ -204,8 +213,8 @@ def test_with_five_classes_or_fewer_top_5_is_all_of_them(make_mesh, ways):
     params, source = make_params(), make_source(names=NAMES[:ways])
     scores = make_task(make_mesh(8), source)(params, {})
     assert scores.predictions.shape == (50, ways)
-    assert scores.top5 == 1.0
-    assert (scores.top1 == 1.0) == (ways == 1)
+    assert scores.metrics["top5"] == 1.0
+    assert (scores.metrics["top1"] == 1.0) == (ways == 1)
     check(scores, params, source)
 
 
@@ -223,7 +232,7 @@ def test_a_perfect_model_scores_one_and_a_permuted_one_zero(make_mesh):
         source = ArraySource("shapes", images, labels=labels, class_names=NAMES)
         scores = make_task(mesh, source)(params, {})
         np.testing.assert_array_equal(scores.predictions[:, 0], np.arange(len(NAMES)))
-        assert scores.top1 == float(shift == 0)
+        assert scores.metrics["top1"] == float(shift == 0)
 
 
 def test_the_number_of_ways_is_the_number_of_names_seen_or_not(make_mesh):

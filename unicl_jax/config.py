@@ -140,7 +140,10 @@ def default() -> ConfigDict:
     # uses of the run then see; 0: none is kept. See step.averaged.
     c.ema_decay = 0.0
 
-    c.evaluations = ConfigDict()  # zero-shot tasks by name: a source and `templates`
+    # By name: a source and `templates`; or a suite's `task` and `data_dir`. `protocol`
+    # is "zero_shot" unless it says "knn", "linear_probe" (both learn from `train`) or
+    # "retrieval"; see docs/evaluation.md.
+    c.evaluations = ConfigDict()
     c.evaluate_every_steps = 1000
     c.checkpoint_every_steps = 1000
     c.checkpoint_every_minutes = 0.0  # since the last one, too; 0: by steps alone

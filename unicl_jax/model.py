@@ -432,6 +432,7 @@ def _of_run(workdir: Path) -> Model:
 def _picture(config) -> dict[str, float]:
     """How a run's pictures become squares, by its first evaluation or source."""
     sources = [*config["evaluations"].values(), *config["data"]["sources"].values()]
+    sources = [source for source in sources if source.get("format")]
     name = (sources[0].get("preprocess") or {}).get("name")
     whole = sources[0]["format"] in ("npz", "quickstart") or name == "resize"
     return {"crop_pct": 0.0} if whole else {}

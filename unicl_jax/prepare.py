@@ -176,6 +176,8 @@ def _of_recipe(options, fields: Mapping[str, str]) -> list[_Task]:
         for name, source in config.data.sources.items()
     ]
     for name, source in config.evaluations.items():
+        if not source.get("format"):  # a suite's task, which lies as it does
+            continue
         folder = os.path.join(options.out, EVALUATIONS, name)
         tasks.append(_Task(name, source, folder, False))
     names = [name.strip() for name in (options.only or "").split(",") if name.strip()]

@@ -101,15 +101,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         text,
     )
     tasks = [
-        evaluation.ZeroShotTask(
-            name,
-            data.make_source(name, task, image_size, train=False),
-            data.load_templates(task.templates),
-            tokenize,
-            compiled_encoders,
-        )
+        evaluation.make_task(name, task, image_size, tokenize, compiled_encoders)
         for name, task in config.evaluations.items()
-        if task.path  # "" until it is set on the command line, say
+        # "" until it is set on the command line, say.
+        if task.get("path") or task.get("task")
     ]
 
     # 3. State: read from the newest whole checkpoint, or made, on the devices it lives
@@ -200,7 +195,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         if keyed:
             metrics.write(step, keyed)
             tops = ", ".join(
-                f"{name} {100 * s.top1:.1f}/{100 * s.top5:.1f}"
+                f"{name} " + "/".join(f"{100 * x:.1f}" for x in s.metrics.values())
                 for name, s in scores.items()
             )
             progress.say(f"step {step}: {tops}")
@@ -297,5 +292,5 @@ def _by_metric_key(scores, ema_decay) -> dict[str, float]:
     keyed = {}
     for name, score in scores.items():
         name += "_ema" if ema_decay else ""  # whose parameters it scores
-        keyed[f"eval/{name}_top1"], keyed[f"eval/{name}_top5"] = score.top1, score.top5
+        keyed |= {f"eval/{name}_{metric}": x for metric, x in score.metrics.items()}
     return keyed

@@ -358,11 +358,31 @@ def _check_fields(config):
         group = config.evaluations if what == "evaluations" else config.data.sources
         for name, source in group.items():
             needed = ["format", "path"]
-            needed += ["kind"] if what == "data.sources" else ["templates"]
+            needed += ["kind"] if what == "data.sources" else _of_protocol(source)
             try:
+                if source.get("task") and what == "evaluations":
+                    _check_task(name, source)
+                    continue
                 check_source(what, name, source, needed)
             except InputError as error:
                 yield error
+
+
+def _of_protocol(evaluation):
+    """What an evaluation needs beside its records."""
+    protocol = evaluation.get("protocol") or "zero_shot"
+    if protocol in ("knn", "linear_probe"):
+        return ["train"]
+    return ["templates"] if protocol == "zero_shot" else []
+
+
+def _check_task(name, evaluation):
+    for field, value in evaluation.items():
+        if field not in OF_TASKS and any(flatten({field: value}).values()):
+            raise InputError(
+                f'evaluations.{name}: one that has a `task` has no "{field}"; '
+                f"{did_you_mean(field, OF_TASKS)}"
+            )
 
 
 def check_source(
@@ -398,7 +418,7 @@ _OF_FILES = ("class_names", *_OF_IMAGES)
 _OF_SHARDS = (*_OF_FILES, "fields", "label_offset", "index_cache", "in_blocks")
 # What a source or an evaluation may say, by format; see docs/data.md.
 SOURCE_FIELDS = {
-    "all": ("format", "path", "kind", "weight", "templates"),
+    "all": ("format", "path", "kind", "weight", "templates", "protocol", "train"),
     "quickstart": (),
     "npz": ("class_names",),
     "tfrecord": _OF_SHARDS,
@@ -408,4 +428,6 @@ SOURCE_FIELDS = {
     "csv": (*_OF_FILES, "fields", "root", "delimiter", "label_offset"),
     "prepared": (*_OF_IMAGES, "in_blocks"),
 }
+# And an evaluation that is a suite's task.
+OF_TASKS = ("task", "data_dir", "protocol", "preprocess", "templates")
 SECTIONS = ("model", "mesh", "data", "augment", "strong_augment", "mix", "optimizer")

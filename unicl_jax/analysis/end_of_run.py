@@ -8,12 +8,12 @@ from rich.table import Table
 from unicl_jax import metrics
 from unicl_jax.analysis import pictures
 from unicl_jax.data import quickstart
-from unicl_jax.evaluation import Scores, ZeroShotTask, pixel_nearest
+from unicl_jax.evaluation import FeatureTask, Scores, ZeroShotTask, pixel_nearest
 
 
 def end_of_run(
     workdir: Path,
-    tasks: Sequence[ZeroShotTask],
+    tasks: Sequence[ZeroShotTask | FeatureTask],
     scores: Mapping[str, Scores],
     config: Mapping,
 ) -> Iterator[Table | str]:
@@ -36,9 +36,15 @@ def end_of_run(
     nearest = {
         task.name: quickstart_nearest(config[task.name]["path"])
         for task in tasks
-        if config[task.name]["format"] == "quickstart"
+        if config[task.name].get("format") == "quickstart" and task.ways
     }
-    yield evaluation_table(tasks, scores, nearest)
+    named = [task for task in tasks if "top1" in scores[task.name].metrics]
+    if named:
+        yield evaluation_table(named, scores, nearest)
+    for task in tasks:
+        if task not in named:
+            found = scores[task.name].metrics.items()
+            yield f"{task.name}: " + ", ".join(f"{k} {100 * x:.1f} %" for k, x in found)
     yield f"curves.png, predictions.png and metrics.jsonl: {workdir}"
 
 
@@ -58,14 +64,14 @@ def quickstart_nearest(name: str) -> tuple[float, float]:
 
 
 def evaluation_table(
-    tasks: Sequence[ZeroShotTask],
+    tasks: Sequence[ZeroShotTask | FeatureTask],
     scores: Mapping[str, Scores],
     nearest: Mapping[str, tuple[float, float]],
 ) -> Table:
     """Scores in percent, one row a task.
 
     Args:
-      tasks: the evaluations.
+      tasks: the evaluations that have a top-1.
       scores: by task.
       nearest: top-1 and top-5 of pixel nearest neighbours, for some tasks.
 
@@ -83,8 +89,8 @@ def evaluation_table(
         cells = [
             task.name,
             f"{task.ways:,}",
-            f"{100 * score.top1:.1f}",
-            f"{100 * score.top5:.1f}",
+            f"{100 * score.metrics['top1']:.1f}",
+            f"{100 * score.metrics['top5']:.1f}",
             f"{100 / task.ways:.2f}",
         ]
         if task.name in nearest:

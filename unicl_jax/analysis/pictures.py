@@ -65,14 +65,16 @@ def draw_predictions(
     """Held-out images with the name the model gives each, right or wrong.
 
     Args:
-      tasks: the evaluations; up to four get a row, a single one gets all four.
+      tasks: the evaluations; up to four that name images get a row, a single one gets
+        all four.
       scores: by task.
-      path: of the PNG; nothing is drawn if there are no tasks.
+      path: of the PNG; nothing is drawn if there are no such tasks.
     """
+    tasks = [task for task in tasks if "top1" in scores[task.name].metrics]
     if not tasks:
         return
     pyplot = _pyplot()
-    shown = list(tasks)[:ROWS]
+    shown = tasks[:ROWS]
     shown = shown if len(shown) > 1 else shown * ROWS
     figure, grid = pyplot.subplots(
         len(shown),
@@ -105,10 +107,11 @@ def draw_predictions(
                 va="top",
                 transform=axes.transAxes,
             )
+        share = f"{score.metrics['top1']:.1%} of {len(score.labels):,}"
         axes_row[0].text(
             0,
             1.06,
-            f"{task.name.replace('_', ' ')}: {score.top1:.1%} of {len(score.labels):,}"
+            f"{task.name.replace('_', ' ')}: {share}"
             f" right, {task.ways:,} names to choose from",
             transform=axes_row[0].transAxes,
             fontsize=9,

@@ -13,7 +13,7 @@ from unicl_jax.checks.mixture import (
     make_batches,
 )
 from unicl_jax.checks.records import open_source, read_sample
-from unicl_jax.checks.report import PROBLEM, Section
+from unicl_jax.checks.report import PROBLEM, Section, some
 from unicl_jax.checks.resources import look_at_resources
 from unicl_jax.checks.setting import Setting, look_at_config
 from unicl_jax.checks.texts import look_at_captions, look_at_labels, look_at_prompts
@@ -88,6 +88,9 @@ def _look_at_source(section, setting, name):
 
 def _look_at_evaluation(section, setting, name):
     config = setting.config.evaluations[name]
+    if config.get("task") or (config.get("protocol") or "zero_shot") != "zero_shot":
+        _look_at_task(section, setting, name, config)
+        return
     if not config.path:
         section.warn(
             "not run: its path is not set",
@@ -105,18 +108,31 @@ def _look_at_evaluation(section, setting, name):
         return
     look_at_prompts(section, source.class_names, templates, setting.tokenizer)
     if setting.model is not None and setting.batches is not None:
-        mesh = sharding.make_mesh()
-        concepts = setting.batches.concepts
-        objective = objectives.make_objective(
-            setting.config.objective,
-            setting.model,
-            mesh,
-            num_concepts=len(concepts.names),
-        )
-        encoders = evaluation.make_encoders(
-            setting.model, mesh, objective, concepts.index
-        )
+        encoders = _encoders(setting)
         evaluation.ZeroShotTask(name, source, templates, setting.tokenizer, encoders)
+
+
+def _look_at_task(section, setting, name, config):
+    """One that is a suite's, or is judged by another protocol than zero-shot."""
+    if None in (setting.tokenizer, setting.model, setting.batches):
+        section.note(NOT_ALL)
+        return
+    task = evaluation.make_task(
+        name, config, setting.model_size, setting.tokenizer, _encoders(setting)
+    )
+    protocol = config.get("protocol") or "zero_shot"
+    section.good(f"{some(len(task.source), 'record')}, judged by {protocol}")
+
+
+def _encoders(setting):
+    mesh, concepts = sharding.make_mesh(), setting.batches.concepts
+    objective = objectives.make_objective(
+        setting.config.objective,
+        setting.model,
+        mesh,
+        num_concepts=len(concepts.names),
+    )
+    return evaluation.make_encoders(setting.model, mesh, objective, concepts.index)
 
 
 def _look_at_mixture(section, setting):

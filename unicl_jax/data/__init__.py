@@ -159,6 +159,9 @@ def with_made_up_records(config, workdir: Path):
 
     config = copy.deepcopy(config)
     with config.unlocked():
+        for name, task in list(config.evaluations.items()):
+            if task.get("task") or (task.get("protocol") or "zero_shot") != "zero_shot":
+                del config.evaluations[name]  # which made-up records say nothing of
         groups = {"train": config.data.sources, "evaluate": config.evaluations}
         for folder, group in groups.items():
             plain = {

@@ -1,105 +1,40 @@
 """Zero-shot classification: an image gets the class whose texts it is nearest to."""
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 
 from unicl_jax import sharding
-from unicl_jax.augment import normalize
-from unicl_jax.data.records import Request, Source
+from unicl_jax.data.records import Source
 from unicl_jax.data.synonyms import name_key
-from unicl_jax.encoders import TwoTower, unit
+from unicl_jax.encoders import unit
 from unicl_jax.errors import InputError
 from unicl_jax.evaluation import classifier
-from unicl_jax.objectives import Objective
+from unicl_jax.evaluation.encoders import Encoders, embedded
+from unicl_jax.evaluation.scores import METRICS
 
 TOP = 5
-BATCH = 512  # rows at a time, over all devices
+OF_HITS = ("accuracy", "mean_per_class")  # metrics that the best class decides
 
 
 class Scores(NamedTuple):
     """How a model did on a task."""
 
-    top1: float  # fraction of the records
-    top5: float
-    predictions: np.ndarray  # [records, min(5, classes)] int32, best first
-    labels: np.ndarray  # [records] int32
-
-
-class Encoders(NamedTuple):
-    """A model's two sides, compiled once for all tasks.
-
-    Each maps (params, state, rows divided over the devices) to unit embeddings [n, D],
-    a copy on every device.
-    """
-
-    image: Callable
-    text: Callable
-    mesh: Mesh
-    # Options of the text tower, which say what slots it need not be given; None: all.
-    text_tower: Mapping[str, Any] | None = None
-    # Where concepts are told apart without texts: params -> [concepts, D], and the
-    # concept of each name, as `name_key` compares them.
-    concepts: Callable | None = None
-    index: Mapping[str, int] = MappingProxyType({})
-
-
-def make_encoders(
-    model: TwoTower,
-    mesh: Mesh,
-    objective: Objective | None = None,
-    concepts: Mapping[str, int] = MappingProxyType({}),
-    normalization: str = "imagenet",
-    text_tower: Mapping[str, Any] | None = None,
-) -> Encoders:
-    """Compiles a model for evaluation.
-
-    Args:
-      model: the two towers.
-      mesh: the devices.
-      objective: what it was trained for, which may embed images, or stand for
-        concepts, in a way of its own.
-      concepts: the concept of each name: `index` of the run's concept table.
-      normalization: of pixels; a key of `augment.NORMALIZATIONS`.
-      text_tower: `encoders.options` of the text tower, by which its texts take no more
-        slots than they need; None: it is given all slots.
-
-    Returns:
-      The encoders: of uint8 images [n, H, W, 3], and of tokens [n, L].
-    """
-
-    def image(params, state, images):
-        params = sharding.gathered(mesh, params)
-        images = normalize(images, normalization)
-        if objective is not None and objective.encode_image is not None:
-            return objective.encode_image(params, state, images)
-        return model.encode_image(params, state, images)[0]
-
-    def text(params, state, tokens):
-        params = sharding.gathered(mesh, params)
-        return model.encode_text(params, state, tokens)[0]
-
-    whole, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
-    layout = dict(in_shardings=(None, None, rows), out_shardings=whole)
-    image, text = (jax.jit(encode, **layout) for encode in (image, text))
-    encoders = Encoders(image, text, mesh, text_tower)
-    if objective is None or objective.concepts is None:
-        return encoders
-    of_concepts = jax.jit(objective.concepts, out_shardings=whole)
-    return encoders._replace(concepts=of_concepts, index=concepts)
+    metrics: Mapping[str, float]  # fractions by name; `top1` and `top5`, say
+    # [records, min(5, classes)] int32, best first; None where there are no classes.
+    predictions: np.ndarray | None = None
+    labels: np.ndarray | None = None  # [records] int32, or [records, classes] 0 and 1
 
 
 class ZeroShotTask:
     """A labelled set with class names and prompts; a call scores a model on it.
 
     Attributes:
-      name: of the task; its metrics are `eval/<name>_top1` and `eval/<name>_top5`.
+      name: of the task; its metrics are `eval/<name>_top1`, say.
       source: the labelled set.
     """
 
@@ -110,6 +45,7 @@ class ZeroShotTask:
         templates: Sequence[str],
         tokenize: Callable[[Sequence[str]], np.ndarray],
         encoders: Encoders,
+        metric: str = "accuracy",
     ):
         """Tokenises the prompts; nothing of the set is read yet.
 
@@ -119,7 +55,9 @@ class ZeroShotTask:
           templates: prompts whose embeddings are averaged.
           tokenize: texts -> [n, L] int32.
           encoders: of the model that will be scored.
+          metric: beside top-1 and top-5; a key of `scores.METRICS`.
         """
+        self._metric = metric
         self.name, self.source, self._encoders = name, source, encoders
         names = source.class_names
         self._concepts = None
@@ -155,34 +93,22 @@ class ZeroShotTask:
           The scores, the same on every process.
         """
         classes = self.class_embeddings(params, state, between)
-        predictions, labels = [], []
-        batch, count = self._batch_size(len(self.source)), len(self.source)
-        local = batch // jax.process_count()
-        first = jax.process_index() * local
-        starts = range(0, count, batch)
-        requests = (
-            Request(
-                # Rows past the end are read as the last record, and dropped below.
-                np.minimum(np.arange(start + first, start + first + local), count - 1),
-                np.zeros(local, np.uint32),
-            )
-            for start in starts
-        )
-        for rows in self.source.stream(requests):
-            put = sharding.global_batch(
-                self._encoders.mesh, dict(image=rows.images, label=rows.labels)
-            )
-            embeddings = self._encoders.image(params, state, put["image"])
-            ranked, given = self._rank(embeddings, classes, put["label"])
+        predictions, labels, scores = [], [], []
+        for embeddings, given in embedded(
+            self._encoders, self.source, params, state, between
+        ):
+            ranked, similarity = self._rank(embeddings, classes)
             predictions.append(np.asarray(ranked))
-            labels.append(np.asarray(given))
-            between()
-        predictions = np.concatenate(predictions)[:count]
-        labels = np.concatenate(labels)[:count]
-        hits = predictions == labels[:, None]
-        return Scores(
-            float(hits[:, 0].mean()), float(hits.any(1).mean()), predictions, labels
+            labels.append(given)
+            if self._metric not in OF_HITS:
+                scores.append(np.asarray(similarity))
+        count = len(self.source)
+        predictions, labels = (
+            np.concatenate(parts)[:count] for parts in (predictions, labels)
         )
+        similarity = np.concatenate(scores)[:count] if scores else None
+        metrics = measured(self._metric, predictions, labels, self.ways, similarity)
+        return Scores(metrics, predictions, labels)
 
     def class_embeddings(
         self, params, state, between: Callable[[], None] = lambda: None
@@ -210,10 +136,38 @@ class ZeroShotTask:
             between,
         )
 
-    def _batch_size(self, rows):
-        """At most BATCH, no more than the rows need, a multiple of the devices."""
-        devices = self._encoders.mesh.size
-        return -(-min(BATCH, rows) // devices) * devices
+
+def measured(
+    metric: str,
+    predictions: np.ndarray,
+    labels: np.ndarray,
+    ways: int,
+    scores: np.ndarray | None,
+) -> dict[str, float]:
+    """What is reported of a set.
+
+    Args:
+      metric: a key of `scores.METRICS`.
+      predictions: [n, k] integers, best first.
+      labels: [n] integers, or [n, ways] of 0 and 1.
+      ways: the number of classes.
+      scores: [n, ways]; may be None if the metric is one of OF_HITS.
+
+    Returns:
+      By name, the metric first unless it is accuracy, which is top-1.
+    """
+    metrics = {}
+    if metric not in OF_HITS:
+        metrics[metric] = METRICS[metric](scores, labels)
+    if labels.ndim == 1:
+        hits = predictions == labels[:, None]
+        if metric == "mean_per_class":
+            records = np.bincount(labels, minlength=ways)
+            right = np.bincount(labels[hits[:, 0]], minlength=ways)
+            there = records > 0
+            metrics[metric] = float((right[there] / records[there]).mean())
+        metrics |= {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(1).mean())}
+    return metrics
 
 
 def scores(
@@ -280,8 +234,8 @@ def _concepts_of(task, names, known):
     return np.array([known[key] for key in keys])
 
 
-def _rank(embeddings, classes, labels):
-    """The best classes of each image, and the labels brought to every device."""
+def _rank(embeddings, classes):
+    """The best classes of each image, and its similarity to all."""
     similarity = jnp.matmul(embeddings, classes.T, precision=lax.Precision.HIGHEST)
     k = min(TOP, classes.shape[0])
-    return lax.top_k(similarity, k)[1].astype(jnp.int32), labels
+    return lax.top_k(similarity, k)[1].astype(jnp.int32), similarity

@@ -155,9 +155,21 @@ def check(config: Mapping) -> None:
             f'objective "{name}" {entry.unmixed}: images must not be mixed, and '
             f"mix.mixup is {mix['mixup']}, mix.cutmix {mix['cutmix']}; set both to 0."
         )
-    if not entry.names_images and len(config["evaluations"]):
+    by_names = [
+        key
+        for key, task in config["evaluations"].items()
+        if (task.get("protocol") or "zero_shot") in ("zero_shot", "retrieval")
+    ]
+    if not entry.names_images and by_names:
         raise InputError(
-            f'objective "{name}" learns no names: evaluations must be empty, and hold '
-            f"{', '.join(config['evaluations'])}; evaluate a classifier that is "
-            "trained on it, as configs/baselines/supcon.py:linear does."
+            f'objective "{name}" learns no names: evaluations must be of protocol '
+            f'"knn" or "linear_probe", and {", ".join(by_names)} are not; set it, or '
+            "evaluate a classifier that is trained on it, as "
+            "configs/baselines/supcon.py:linear does."
         )
+    for key, task in config["evaluations"].items():
+        if "text" in entry.unused and task.get("protocol") == "retrieval":
+            raise InputError(
+                f'objective "{name}" teaches no text tower: evaluations.{key} must not '
+                "be retrieval; leave it out."
+            )
