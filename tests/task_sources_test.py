@@ -84,10 +84,10 @@ def test_a_folder_that_is_no_class_is_told(tmp_path):
         task.open("test", str(tmp_path), SIZE)
 
 
-def write_tfds(data_dir, builder, split, examples, names=()):
+def write_tfds(data_dir, builder, split, examples, names=(), features=None):
     """A prepared dataset of TFDS's own schema; `names`: of classes it has none for."""
     tfds = pytest.importorskip("tensorflow_datasets", reason="the format under test")
-    features = tfds.builder(builder, data_dir=data_dir).info.features
+    features = features or tfds.builder(builder, data_dir=data_dir).info.features
     if names:
         features["label"].names = list(names)
     folder = data_dir / builder / "1.0.0"
@@ -436,6 +436,27 @@ def test_how_many_objects_clevr_shows(tmp_path):
     assert [(s.row, s.reason) for s in rows.skipped] == [
         (2, "class is none of the task")
     ]
+
+
+def test_a_video_is_its_middle_frame(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets", reason="the format under test")
+    images, _, _ = fashion(8)
+    features = tfds.features.FeaturesDict(
+        {
+            "video": tfds.features.Sequence(tfds.features.Image(encoding_format="png")),
+            "label": tfds.features.ClassLabel(names=["Archery", "ApplyEyeMakeup"]),
+        }
+    )
+    examples = [
+        {"video": list(images[:5]), "label": "Archery"},
+        {"video": list(images[5:]), "label": "ApplyEyeMakeup"},
+    ]
+    write_tfds(tmp_path, "ucf101/ucf101_1", "test", examples, features=features)
+    task = load_suite("clip_extra").task("ucf101")
+    rows = rows_of(task.open("test", str(tmp_path), SIZE, WHOLE))
+    found = [task.class_names[i] for i in rows.labels]
+    assert found == ["Archery", "Apply Eye Makeup"]
+    np.testing.assert_array_equal(rows.images, images[[2, 6]])
 
 
 def test_splits_are_told_by_dataset_info_not_by_the_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -92,12 +93,10 @@ class Task:
         Raises:
           InputError: if two names are the same.
         """
-        by_key = {name_key(key): i for i, key in enumerate(self.class_keys)}
         wanted = [name_key(name) for name in names]
-        if not all(name in by_key for name in wanted):
-            by_name = {name_key(n): i for n, i in self.aliases.items()}
-            by_name |= {name_key(n): i for i, n in enumerate(self.class_names)}
-            by_key = by_name | by_key
+        known = self._by_key
+        if not all(name in known for name in wanted):
+            known = self._by_name
         twice = [n for n, count in collections.Counter(wanted).items() if count > 1]
         if twice:
             raise InputError(
@@ -105,7 +104,17 @@ class Task:
                 f'own: two or more are called "{names[wanted.index(twice[0])]}"; '
                 "rename one, or say the place's `order`."
             )
-        return np.array([by_key.get(name, -1) for name in wanted], np.int32)
+        return np.array([known.get(name, -1) for name in wanted], np.int32)
+
+    @functools.cached_property
+    def _by_key(self) -> dict[str, int]:
+        return {name_key(key): i for i, key in enumerate(self.class_keys)}
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, int]:
+        aliases = {name_key(alias): i for alias, i in self.aliases.items()}
+        names = {name_key(name): i for i, name in enumerate(self.class_names)}
+        return aliases | names | self._by_key
 
     def unknown(self, names: Sequence[str]) -> str:
         """Names of data that are no class of the task, for a message; "" if none."""
