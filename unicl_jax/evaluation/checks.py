@@ -1,8 +1,74 @@
-"""Features and labels that fit each other."""
+"""Features and labels that fit each other, and the sets that a probe makes of them."""
+
+from typing import NamedTuple
 
 import numpy as np
 
 from unicl_jax.errors import InputError
+from unicl_jax.evaluation import elevater
+
+
+class Sets(NamedTuple):
+    """Features and labels of each set: float32, and int32 or, if several, float32."""
+
+    fit: tuple[np.ndarray, np.ndarray]  # the sweep trains on
+    held: tuple[np.ndarray, np.ndarray]  # and is judged on
+    whole: tuple[np.ndarray, np.ndarray]  # the final run trains on
+    test: tuple[np.ndarray, np.ndarray]
+    ways: int
+
+
+def sets_of(
+    train, test, validation, classes, several, merge=True, split=elevater.split
+) -> Sets:
+    """Checks a task's sets, and takes validation records where there are none.
+
+    Args:
+      train: features [n, D] and labels, [n] integer or, if several, [n, K] of 0 and 1.
+      test: likewise.
+      validation: likewise, or None: `split` takes it from the training set.
+      classes: K, if the labels do not tell.
+      several: whether a record has several labels.
+      merge: whether the final run has the validation records, too.
+      split: labels to training and validation rows.
+
+    Returns:
+      The sets, all with features of one size.
+
+    Raises:
+      InputError: where the arguments are not so.
+    """
+    ways = num_classes(classes, train[1], test[1], several)
+    fit = train = checked(*train, ways, several, "training")
+    test = checked(*test, ways, several, "test")
+    if validation is None:
+        rows, held = split(train[1])
+        fit, held = tuple(x[rows] for x in train), tuple(x[held] for x in train)
+        whole = train if merge else fit
+    else:
+        held = checked(*validation, ways, several, "validation")
+        same_size(held[0], train[0], "validation")
+        whole = train
+        if merge:
+            whole = tuple(
+                np.concatenate(pair) for pair in zip(train, held, strict=True)
+            )
+    same_size(test[0], train[0], "test")
+    if len(fit[0]) < 2:
+        raise InputError(
+            "a probe needs at least 2 records to train on beside those to validate on: "
+            f"got {len(fit[0])}. Use more records."
+        )
+    return Sets(fit, held, whole, test, ways)
+
+
+def same_size(features, training, what):
+    """Says so if features of a set have another size than the training set's."""
+    if features.shape[1] != training.shape[1]:
+        raise InputError(
+            f"{what} features must have the training features' size: got "
+            f"{features.shape[1]} and {training.shape[1]}. Use one model for all."
+        )
 
 
 def num_classes(classes, labels, test_labels, several):

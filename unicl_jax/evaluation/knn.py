@@ -10,7 +10,7 @@ from einops import rearrange
 from jax import lax
 
 from unicl_jax.errors import InputError, choose
-from unicl_jax.evaluation.checks import checked, num_classes
+from unicl_jax.evaluation.checks import checked, num_classes, same_size
 
 TEMPERATURE = 0.07  # of the weighted vote
 _VOTES = {"majority": False, "weighted": True}  # whether cosines count
@@ -94,11 +94,7 @@ def knn(
     features, labels = checked(features, labels, ways, False, "training")
     none = np.zeros(len(test_features), np.int32)
     test_features, _ = checked(test_features, none, ways, False, "test")
-    if test_features.shape[1] != features.shape[1]:
-        raise InputError(
-            f"test features must have the training features' size: got "
-            f"{test_features.shape[1]} and {features.shape[1]}."
-        )
+    same_size(test_features, features, "test")
     rows, similarity = nearest(features, test_features, k)
     if vote == "majority":
         weights = np.ones_like(similarity)

@@ -12,7 +12,7 @@ import numpy as np
 
 from unicl_jax.errors import InputError, choose
 from unicl_jax.evaluation import elevater, heads
-from unicl_jax.evaluation.checks import checked, num_classes
+from unicl_jax.evaluation.checks import sets_of
 from unicl_jax.evaluation.scores import METRICS, OF_SEVERAL_LABELS, per_class
 
 
@@ -105,31 +105,15 @@ def linear_probe(
     """
     _check_protocol(protocol, metric)
     several = metric in OF_SEVERAL_LABELS
-    ways = num_classes(classes, labels, test_labels, several)
-    features, labels = checked(features, labels, ways, several, "training")
-    test = checked(test_features, test_labels, ways, several, "test")
-    if validation is None:
-        rows, held = elevater.split(labels)
-        fit, held = (features[rows], labels[rows]), (features[held], labels[held])
-        whole = (features, labels) if protocol.merge else fit
-    else:
-        fit = features, labels
-        held = checked(*validation, ways, several, "validation")
-        whole = fit
-        if protocol.merge:
-            whole = tuple(np.concatenate(pair) for pair in zip(fit, held, strict=True))
-    for what, part in (("test", test), ("validation", held)):
-        if part[0].shape[1] != features.shape[1]:
-            raise InputError(
-                f"{what} features must have the training features' size: got "
-                f"{part[0].shape[1]} and {features.shape[1]}."
-            )
-    if len(fit[0]) < 2:
-        raise InputError(
-            "a probe needs at least 2 records to train on beside those to validate on: "
-            f"got {len(fit[0])}. Use more records."
-        )
-    start = _start(start, ways, features.shape[1], protocol.seed)
+    fit, held, whole, test, ways = sets_of(
+        (features, labels),
+        (test_features, test_labels),
+        validation,
+        classes,
+        several,
+        protocol.merge,
+    )
+    start = _start(start, ways, fit[0].shape[1], protocol.seed)
 
     def fit_heads(data, on, settings, epochs, logits=several or metric == "roc_auc"):
         order = heads.batches(
