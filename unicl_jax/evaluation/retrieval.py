@@ -136,8 +136,8 @@ def _count(of_images, of_texts, mesh, rows, texts, between):
         _padded(best.astype(np.float32), padded, 0),
         np.arange(padded, dtype=np.int32),
     )
-    on_device = jax.device_put(on_device, over)
-    image_counts = jax.device_put(np.zeros((padded, 2), np.int32), over)
+    on_device = _put(on_device, over)
+    image_counts = _put(np.zeros((padded, 2), np.int32), over)
     text_counts = np.empty((m, 2), np.int32)
     tile = _tile(mesh, rows)
     for start in range(0, m, texts):
@@ -147,7 +147,7 @@ def _count(of_images, of_texts, mesh, rows, texts, between):
             _padded(true[part].astype(np.float32), texts, 0),
             _padded(owners[part], texts, 0),
         )
-        given = jax.device_put(given, whole)
+        given = _put(given, whole)
         image_counts, of_tile = tile(image_counts, on_device, given)
         text_counts[part] = np.asarray(of_tile)[: m - start]
         between()
@@ -222,6 +222,14 @@ def _recounted(queries, of_query, best, candidates, of_candidate, between):
             ranks[part] += above.sum(1)
             between()
     return ranks
+
+
+def _put(arrays, to):
+    """Host arrays that every process has, on the devices of all."""
+    # `jax.device_put` would compare them over processes, and NaN is not itself.
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, to, x.__getitem__), arrays
+    )
 
 
 def _padded(x, size, value):
