@@ -1,5 +1,6 @@
 """Maps: image and text features of a task in two dimensions."""
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
@@ -233,7 +234,17 @@ def _plane(x):
     start = start / max(float(start[:, 0].std()), 1e-12) * 1e-4  # scikit-learn's own
     perplexity = min(30.0, (len(x) - 1) / 3)
     tsne = TSNE(2, perplexity=perplexity, init=start, random_state=0)
-    return "t-SNE", tsne.fit_transform(x.astype(np.float32))
+    with _one_thread():
+        return "t-SNE", tsne.fit_transform(x.astype(np.float32))
+
+
+def _one_thread():
+    """Of so few points threads do more waiting than work, ten times on a busy box."""
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return contextlib.nullcontext()
+    return threadpool_limits(1)
 
 
 def _pca(x):

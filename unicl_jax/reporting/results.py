@@ -3,6 +3,7 @@
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,19 @@ import numpy as np
 
 from unicl_jax.errors import InputError
 
-# How a score is made up, and what chance gives; the rest has no one number.
+# What NumPy raises at files that are cut off, no archive, or of another kind.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+# Names for people.
 PROTOCOLS = {
     "zero_shot": "zero-shot",
     "linear_probe": "linear probe",
@@ -142,9 +155,10 @@ def read_results(out: Path) -> Results:
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a file; {} if it is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # Opened here: of a damaged file NumPy leaves its own open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+    except _DAMAGED:
         return {}
 
 

@@ -42,6 +42,7 @@ class Axis:
             low, high = min(above), max(above)
             if high - low < 1e-9:
                 low, high = low - 0.5, high + 0.5
+            self._above = low
             # A log axis has no place for a weight decay of 0: it gets one at the left.
             self._low, self._high = low - self._has_zero * (high - low) / 6, high
         else:
@@ -81,15 +82,15 @@ class Axis:
         return short_number(value)
 
     def _log_ticks(self, count):
-        low = math.ceil(self._low - 1e-9) + self._has_zero
+        low = math.ceil(self._above - 1e-9)
         decades = list(range(low, math.floor(self._high + 1e-9) + 1))
         every = max(1, -(-len(decades) // count))
         ticks = [(self(10.0**d), short_number(10.0**d)) for d in decades[::every]]
         if self._has_zero:
             ticks.insert(0, (self._start, "0"))
         if len(ticks) < 2:
-            ends = [10**self._low, 10**self._high]
-            ticks = [(self(v), short_number(v)) for v in ends]
+            ends = [10**self._above, 10**self._high]
+            ticks += [(self(v), short_number(v)) for v in ends]
         return ticks
 
 
