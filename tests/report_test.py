@@ -498,6 +498,8 @@ def test_half_done_and_damaged_parts_are_said(tmp_path):
         (folder / name).write_bytes(b"no archive")
     found = json.loads((out / "results.json").read_text())
     found["tasks"]["t"]["protocols"]["fine_tune"] = dict(error="out of memory")
+    found["tasks"]["t2"] = dict(title="T2", skipped={"knn": "too <small>"})
+    found["provisional"] = "its list is a guess"
     found["tasks"]["later"] = dict(title="Later", protocols={})
     found["tasks"]["odd"] = None
     write_json(out / "results.json", found)
@@ -508,6 +510,7 @@ def test_half_done_and_damaged_parts_are_said(tmp_path):
         "fine-tuning, out: out of memory",
         "Later was not run yet",
         "\u2014 failed",
+        "Provisional: its list is a guess",
     ):
         assert said in page.said, said
 

@@ -201,7 +201,7 @@ def _rows(task: Sequence[Task | None], protocol: str) -> Iterator[Row]:
     if not any(done):
         return
     if protocol != "retrieval":
-        cells = [_of(t, p) for t, p in zip(task, done, strict=True)]
+        cells = [_of(t, p, protocol) for t, p in zip(task, done, strict=True)]
         metric = METRICS.get(one.metric, one.metric)
         classes = next((t.classes for t in task if t and t.classes), None)
         yield Row(one.title, metric, classes, one.chance, cells)
@@ -213,11 +213,11 @@ def _rows(task: Sequence[Task | None], protocol: str) -> Iterator[Row]:
         key=lambda k: (known.index(k) if k in known else len(known), k),
     )
     if not keys:
-        cells = [_of(t, p) for t, p in zip(task, done, strict=True)]
+        cells = [_of(t, p, protocol) for t, p in zip(task, done, strict=True)]
         yield Row(one.title, "", None, None, cells)
     for key in keys:
         cells = [
-            Cell(v[key]) if key in v else _of(t, p)._replace(score=None)
+            Cell(v[key]) if key in v else _of(t, p, protocol)._replace(score=None)
             for t, p, v in zip(task, done, values, strict=True)
         ]
         yield Row(one.title, METRICS.get(key, key), None, None, cells)
@@ -229,11 +229,12 @@ def _numbers(protocol):
     return {k: number(v) for k, v in given.items() if number(v) is not None}
 
 
-def _of(task: Task | None, protocol: Protocol | None) -> Cell:
+def _of(task: Task | None, protocol: Protocol | None, name: str) -> Cell:
     if task is not None and task.missing:
         return Cell(None, why="no data")
     if protocol is None:
-        return Cell(None)
+        skipped = task.skipped.get(name) if task else None
+        return Cell(None, why=skipped or "not run")
     if protocol.score is None:
         return Cell(None, why="failed" if protocol.problem else "no score")
     return Cell(protocol.score, protocol.interval)

@@ -116,8 +116,15 @@ def _results(runs):
         own = [headline.board_html(b, runs) for b in boards if b.suite == suite]
         title = suite if suite == headline.WHILE_TRAINING else f"suite {suite}"
         parts.append(el("h3", name_of(title[:1].upper() + title[1:], 80)))
+        parts += [el("p", why, class_="note") for why in _provisional(runs, suite)]
         parts.append(el("div", *own, class_="boards"))
     return join(*parts)
+
+
+def _provisional(runs, suite):
+    """Why a suite is provisional, if it is."""
+    given = [r.provisional for run in runs for r in run.results if r.suite == suite]
+    return [f"Provisional: {why}" for why in dict.fromkeys(given) if why]
 
 
 def _about(runs):

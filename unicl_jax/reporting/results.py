@@ -43,6 +43,8 @@ METRICS = {
     "roc_auc": "ROC AUC",
     "map11": "11-point mAP",
     "map": "mAP",
+    "validation": "validation",
+    "best_test_epoch": "best test epoch (chosen on test data)",
     **{
         f"{a}_to_{b}_r{k}": f"{a} to {b} R@{k}"
         for a, b in (("image", "text"), ("text", "image"))
@@ -85,6 +87,7 @@ class Task:
       folder: where its arrays lie.
       class_names: in the order of its labels; [] if unknown.
       missing: why, how and where, if its data was not there.
+      skipped: why a protocol does not fit it, by name.
       protocols: by name.
     """
 
@@ -98,15 +101,21 @@ class Task:
     classes: int | None
     chance: float | None
     missing: dict[str, str] | None
+    skipped: dict[str, str] = field(default_factory=dict)
     protocols: dict[str, Protocol] = field(default_factory=dict)
 
 
 @dataclass
 class Results:
-    """One evaluation of one model on one suite."""
+    """One evaluation of one model on one suite.
+
+    Attributes:
+      provisional: why the suite is; "" if it is not.
+    """
 
     path: Path
     suite: str
+    provisional: str
     model: dict[str, Any]
     date: str | None
     versions: dict[str, Any]
@@ -145,6 +154,7 @@ def read_results(out: Path) -> Results:
     return Results(
         out,
         text(found.get("suite")) or out.name,
+        text(found.get("provisional")) or "",
         mapping(found.get("model")),
         text(found.get("date")),
         mapping(found.get("versions")),
@@ -239,6 +249,7 @@ def _task(out, name, given):
         classes,
         _chance(number(given.get("chance")), metric, classes),
         {k: str(v) for k, v in missing.items() if v} or None,
+        {k: v for k, v in mapping(given.get("skipped")).items() if text(v)},
         protocols,
     )
 

@@ -61,6 +61,7 @@ def task_section(
                 el("p", name_of(run.name), f": no data. {said}.", class_="note")
             )
     used = list(dict.fromkeys(p for *_, task in there for p in task.protocols))
+    main = next((name for name in ("zero_shot", *PROBES) if name in used), "")
     for name in used:
         done = [(i, r, t.protocols[name]) for i, r, t in there if name in t.protocols]
         title = done[0][2].title
@@ -78,10 +79,10 @@ def task_section(
             parts += _retrieval(there, done)
         elif name in PROBES or any(p.details.get("curves") for *_, p in done):
             parts.append(probes.probe(done))
-        if name == "zero_shot":
+        if name == main:
             parts.append(_templates(done))
             parts.append(per_class(there, name))
-            parts += _confused(there, pairs)
+            parts += _confused(there, name, pairs)
         elif name in PROBES:
             bars = per_class(there, name)
             if bars:
@@ -179,14 +180,15 @@ def _templates(done):
     return el("p", f"Templates ({len(given):,}): ", *shown, more, class_="note")
 
 
-def _confused(there, pairs):
+def _confused(there, name, pairs):
+    known = False
     for _, run, task in there:
-        protocol = task.protocols.get("zero_shot")
+        protocol = task.protocols.get(name)
         found = examples.confusions(task, protocol, pairs) if protocol else None
         if found:
             yield join(el("h5", "Most confused, ", name_of(run.name, 60)), found)
-    if any(objects(t.protocols["zero_shot"].details.get("confusions"))
-           for *_, t in there if "zero_shot" in t.protocols):  # fmt: skip
+            known = known or bool(objects(protocol.details.get("confusions")))
+    if known:
         yield el(
             "p",
             "\u2717 taken for the second class; \u2713 named right, one of each class.",
