@@ -270,7 +270,7 @@ def test_defaults_that_a_reader_would_not_guess_go_out(tmp_path, monkeypatch):
         "unicl_jax.model.load", lambda source: made if source == "run" else load(source)
     )
     to = tmp_path / "model.safetensors"
-    difference, untold = export.export("run", to)
+    difference, untold, _ = export.export("run", to)
     assert difference == 0 and untold["text.num_heads"] == 8
     assert load(to).config["text"]["num_heads"] == 8
 
@@ -280,7 +280,7 @@ def test_a_text_tower_goes_out_by_itself_and_comes_back(both, tmp_path, monkeypa
         "unicl_jax.model.load", lambda source: both if source == "run" else load(source)
     )
     to = tmp_path / "bert.safetensors"
-    difference, untold = export.export("run", to, "hf_bert")
+    difference, untold, _ = export.export("run", to, "hf_bert")
     assert difference == 0 and untold == {"text.num_heads": 2, "text.pad_id": 599}
     again = load(to)
     assert again.config["text"] == TEXT and "image" not in again.config

@@ -3,9 +3,10 @@
 python -m unicl_jax.export --from=runs/quickstart --to=model.safetensors
 python -m unicl_jax.export --from=model.safetensors --to=swin.safetensors \
   --format=timm_swin
+python -m unicl_jax.export --from=swin_tiny --to=swin.pth --format=mmdet_swin
 
 Both models are run on the same random images and texts; the largest difference between
-their features is printed.
+their features is printed; for a layout of a detection framework, how that loads it.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ import numpy as np
 from unicl_jax import model
 from unicl_jax.encoders import weights
 from unicl_jax.encoders.weights import Weights
+from unicl_jax.encoders.weights.detection_configs import files_beside, how_to_load
 from unicl_jax.encoders.weights.files import write_arrays
 from unicl_jax.errors import InputError, choose
 
@@ -28,20 +30,32 @@ from unicl_jax.errors import InputError, choose
 OF_TRAINING = ("dtype", "logit_scale_init")
 
 
-def export(
-    source: str | Path, to: str | Path, layout: str = "unicl"
-) -> tuple[float, dict[str, Any]]:
+class Exported(NamedTuple):
+    """What there is to say of a file that was written.
+
+    Attributes:
+      difference: the largest between the features of the model and those of what
+        `model.load` makes of the file.
+      untold: options that other readers must be told, for the arrays' names and shapes
+        don't.
+      how: lines that load it into a detection framework; "" where none reads it.
+    """
+
+    difference: float
+    untold: dict[str, Any]
+    how: str
+
+
+def export(source: str | Path, to: str | Path, layout: str = "unicl") -> Exported:
     """Writes a model's weights, and compares what it reads there with the model.
 
     Args:
       source: as for `model.load`.
-      to: the file, `.safetensors` or `.npz`.
+      to: the file, `.safetensors`, `.npz` or `.pth`.
       layout: a key of `encoders.weights.LAYOUTS`; some hold one tower alone.
 
     Returns:
-      The largest difference between the features of the model and those of what
-      `model.load` makes of the file; and the options that other readers must be told,
-      for the arrays' names and shapes don't.
+      What there is to say of the file.
 
     Raises:
       InputError: if the source is no model, the layout has no place for it, or the file
@@ -61,16 +75,26 @@ def export(
         config = {"tokenizer": "clip", **config}
     params, state = jax.tree.map(np.asarray, (loaded.params, loaded.state))
     whole = Weights(loaded.config, params, state)
+    beside = files_beside(layout, loaded.config, to)
     arrays, untold = weights.to_arrays(whole, layout), weights.untold(whole, layout)
     for name, value in untold.items():  # defaults, too: a reader would guess others
         tower, option = name.split(".")
         config[tower] = {**config[tower], option: value}
+    for path in beside:
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_arrays(to, arrays, {weights.ABOUT: json.dumps(config), "format": "pt"})
+    for path, text in beside.items():
+        path.write_text(text)
     if alone:  # the tower of a model of both, by itself
         params, state = ({k: tree[k] for k in alone} for tree in (params, state))
     # In float32, as the file is read: a bfloat16 run's rounding is no difference of it.
     compared = model.Model(Weights(config, params, state))
-    return _difference(compared, model.load(to)), untold
+    told = config if Path(to).suffix == ".pth" else {}  # which has no place for it
+    return Exported(
+        _difference(compared, model.load(to, layout=layout, **told)),
+        untold,
+        how_to_load(layout, loaded.config, to),
+    )
 
 
 def _difference(one, other):
@@ -104,11 +128,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--from", dest="source", required=True, help="workdir, weights file or name"
     )
-    parser.add_argument("--to", required=True, help=".safetensors or .npz")
+    parser.add_argument("--to", required=True, help=".safetensors, .npz or .pth")
     parser.add_argument("--format", default="unicl", choices=tuple(weights.LAYOUTS))
     options = parser.parse_args(argv)
     try:
-        difference, untold = export(options.source, options.to, options.format)
+        difference, untold, how = export(options.source, options.to, options.format)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -122,6 +146,8 @@ def main(argv: Sequence[str]) -> int:
             "The arrays don't say, and other readers must be told: "
             + ", ".join(f"{name}={value}" for name, value in untold.items())
         )
+    if how:
+        print(f"To load it:\n\n{how}")
     return 0
 
 

@@ -10,6 +10,12 @@ import numpy as np
 from unicl_jax import encoders
 from unicl_jax.encoders.weights.bert import BERT
 from unicl_jax.encoders.weights.clip import HF, OPENAI
+from unicl_jax.encoders.weights.detection import (
+    DETECTRON2_RESNET,
+    HF_SWIN,
+    MMDET_SWIN,
+    TORCHVISION_SWIN,
+)
 from unicl_jax.encoders.weights.files import read_arrays
 from unicl_jax.encoders.weights.folders import read_folder
 from unicl_jax.encoders.weights.layout import Layout, join_tree, split_tree
@@ -27,7 +33,10 @@ from unicl_jax.errors import InputError, choose
 
 LAYOUTS = {
     layout.name: layout
-    for layout in (UNICL, OPENAI, HF, SWIN_BACKBONE, RESNET_BACKBONE, BERT)
+    for layout in (
+        *(UNICL, OPENAI, HF, SWIN_BACKBONE, RESNET_BACKBONE, BERT),
+        *(MMDET_SWIN, TORCHVISION_SWIN, HF_SWIN, DETECTRON2_RESNET),
+    )
 }
 # What DDP, torch.compile and Lightning put before a model's names.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
@@ -36,7 +45,6 @@ STRANGERS = {
     "_parameters.": "a whole pickled module (save its state_dict() instead)",
     "visual.attnpool.": "a CLIP with a ResNet",
     "cpb_mlp.": "a Swin V2",
-    "features.1.0.attn.": "torchvision's Swin (timm's is read)",
     "layer1.0.conv2.": "a ResNet of basic blocks, as ResNet-18 and -34",
     "vision_model.encoder.": "a model that is not CLIP's, as SigLIP",
     "text_model.encoder.": "CLIP's text tower alone",
@@ -256,7 +264,7 @@ def to_arrays(weights: Weights, layout: str) -> dict[str, np.ndarray]:
         {name: tree[name] for name in parts if name in tree}
         for tree in (weights.params, weights.state)
     )
-    arrays = split_tree(family, {"params": params, "state": state})
+    arrays = family.finish(split_tree(family, {"params": params, "state": state}))
     if "image" in towers:
         arrays |= family.tables(encoders.options("image", model["image"]))
     return arrays
@@ -299,4 +307,8 @@ FITS = {
     "timm_swin": _Fits(("swin",), ()),
     "timm_resnet": _Fits(("resnet",), ()),
     "hf_bert": _Fits((), ("bert",)),
+    "mmdet_swin": _Fits(("swin",), ()),
+    "torchvision_swin": _Fits(("swin",), ()),
+    "hf_swin": _Fits(("swin",), ()),
+    "detectron2_resnet": _Fits(("resnet",), ()),
 }

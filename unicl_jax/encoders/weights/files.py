@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from unicl_jax.encoders.weights.torch_files import read_torch
+from unicl_jax.encoders.weights.torch_writer import write_torch
 from unicl_jax.errors import InputError, choose
 
 ABOUT = "__about__."  # before the names of an .npz file's strings about itself
@@ -52,9 +53,10 @@ def write_arrays(
     """Writes a weights file; a kill leaves the old one or the new one.
 
     Args:
-      path: `.safetensors` or `.npz`.
+      path: `.safetensors`, `.npz` or PyTorch's `.pth`, which is written without
+        PyTorch.
       arrays: by name.
-      about: strings by name, kept in a `.safetensors` file.
+      about: strings by name; a `.pth` file has no place for them.
 
     Raises:
       InputError: if it cannot be written, or is no format of these.
@@ -194,4 +196,8 @@ READERS = {
     ".pt": _read_torch,
     ".bin": _read_torch,
 }
-WRITERS = {".safetensors": _write_safetensors, ".npz": _write_npz}
+WRITERS = {
+    ".safetensors": _write_safetensors,
+    ".npz": _write_npz,
+    ".pth": lambda path, arrays, about: write_torch(path, arrays),
+}

@@ -38,6 +38,8 @@ class Layout(NamedTuple):
         one of our arrays -> where it is; None for what the family has no place for.
       tables: options of the image tower -> arrays that the family's files hold beside
         the weights, though they follow from the sizes.
+      finish: canonical arrays -> those of a file; the other way of `canonical`, where
+        one array's name depends on what others there are.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Layout(NamedTuple):
     model: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
     part: Callable[[str, int], Part | None]
     tables: Callable[[Mapping[str, Any]], dict[str, np.ndarray]] = lambda image: {}
+    finish: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = lambda x: x
 
 
 def same(name: str) -> Part:
