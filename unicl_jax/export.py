@@ -91,7 +91,7 @@ def export(source: str | Path, to: str | Path, layout: str = "unicl") -> Exporte
     compared = model.Model(Weights(config, params, state))
     told = config if Path(to).suffix == ".pth" else {}  # which has no place for it
     return Exported(
-        _difference(compared, model.load(to, layout=layout, **told)),
+        _difference(compared, model.load(to, **told)),
         untold,
         how_to_load(layout, loaded.config, to),
     )
