@@ -156,7 +156,40 @@ def default() -> ConfigDict:
     # it stands and ends, to be started again; 0: it waits for ever.
     c.hang_minutes = 30.0
     c.log_every_steps = 50
+
+    # The whole config of a stage that follows, from what this one learnt; see
+    # `followed_by` and stages.py. Empty: none does.
+    c.then = ConfigDict()
     return c
+
+
+def followed_by(config: ConfigDict, after: ConfigDict) -> ConfigDict:
+    """Makes a recipe of two stages; what they have in common is set once.
+
+    A flag that changes a field of the first changes it in the second, too, if both
+    recipes gave it the same value; `--config.then.<field>` changes the second alone.
+
+    Args:
+      config: of the first stage.
+      after: of the stage that starts from it; its `init_from` is left out.
+
+    Returns:
+      The first one, changed.
+    """
+
+    def bind(first, second):
+        for name in second:
+            if name not in first or name in ("then", "init_from"):
+                continue
+            one, other = first[name], second[name]
+            if isinstance(one, ConfigDict) and isinstance(other, ConfigDict):
+                bind(one, other)
+            elif type(one) is type(other) and one == other:
+                second[name] = first.get_oneway_ref(name)
+
+    bind(config, after)
+    config.then = after
+    return config
 
 
 def check_variant(variant: str, variants: Iterable[str]) -> None:

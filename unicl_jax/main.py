@@ -17,7 +17,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from unicl_jax import host_memory, processes, train
+from unicl_jax import host_memory, processes, stages, train
 from unicl_jax.checkpoint import NotSaved
 from unicl_jax.config import flatten
 from unicl_jax.errors import InputError
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
             _START_TIMEOUT.value,
             _HEARTBEAT_TIMEOUT.value,
         )
-        train.run(_CONFIG.value, _WORKDIR.value)
+        stages.run(_CONFIG.value, _WORKDIR.value)
     except InputError as error:
         return _say(f"error: {error}", BAD_INPUT)
     except train.NonFiniteLoss as error:

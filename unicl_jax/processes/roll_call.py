@@ -121,6 +121,7 @@ class First(Line):
                 if not self._changed.wait(_REMIND):
                     late = self._missing(told)
                     say(f"waiting for {named(late)} to come to the {name}")
+            del self._rounds[name]  # another stage of the run may ask again
         problem, warnings = differences(told)
         if problem:
             self._finished.set()
