@@ -50,7 +50,7 @@ def newest_whole(
       InputError: if there are checkpoints and none is whole, or of this model.
     """
     damaged, of_other_models = {}, []
-    for step in reversed(saved_steps(directory.parent)):
+    for step in reversed(_same_steps(directory.parent)):
         state, position, why = None, None, ""
         try:
             state, position, expected = _read(directory / str(step), step, like, check)
@@ -82,6 +82,17 @@ def newest_whole(
             "that directory."
         )
     return None
+
+
+def _same_steps(workdir):
+    """The steps of the checkpoints as process 0 sees them: NFS may show others less."""
+    steps = saved_steps(workdir)
+    if jax.process_count() == 1:
+        return steps
+    padded = np.zeros(256, np.int32)
+    padded[: len(steps)] = steps[-len(padded) :]
+    told = multihost_utils.broadcast_one_to_all(padded)
+    return sorted(int(step) for step in told if step)
 
 
 def _forget_other_reads():
