@@ -344,6 +344,23 @@ def test_all_end_with_the_code_of_the_one_that_fails(error, code, tmp_path):
     assert ") failed: no such disk" in said[0]
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("OSError", exit_codes.FAILED), ("InputError", exit_codes.BAD_INPUT)],
+)
+def test_what_all_fail_at_has_its_own_code_on_all(error, code, tmp_path):
+    """Not jax's abort, after which launchers would try it again."""
+    patch = f"""
+        def train():
+            from jax.experimental import multihost_utils
+            multihost_utils.sync_global_devices("both train")
+            time.sleep(0.3 * (1 - index))
+            raise {error}("no such disk")
+        """
+    codes, said = run(tmp_path, 2, patch)
+    assert codes == [code] * 2, said
+
+
 def test_a_killed_one_is_named_and_the_rest_ask_to_be_started_again(tmp_path):
     patch = """
         def train():

@@ -15,7 +15,7 @@ from unicl_jax import exit_codes
 from unicl_jax.errors import InputError
 from unicl_jax.processes import agreement, cluster
 from unicl_jax.processes.cluster import Place
-from unicl_jax.processes.roll_call import First, Missing, Other
+from unicl_jax.processes.roll_call import LAST, First, Missing, Other
 
 __all__ = ["Missing", "agree", "find_place", "leave", "start"]
 
@@ -168,6 +168,8 @@ def leave(code: int, why: str = "") -> int:
         _line.finish()
         return code
     if code == exit_codes.FAILED and (news := _line.wait_for_news(2.0)):
+        if isinstance(_line, First):
+            time.sleep(LAST)
         return news[0]
     _line.tell(code, why.splitlines()[0] if why else f"exit code {code}")
     return code

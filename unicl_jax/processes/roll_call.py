@@ -21,6 +21,8 @@ from unicl_jax.processes.line import Line, Peer, listen, patience, say
 
 _POLL = 0.2  # seconds between looks at whether to go on listening
 _REMIND = 30.0  # seconds between lines about who is awaited
+_HEARD = 1.0  # seconds in which the others hear why a process ends
+LAST = 2.5  # of process 0: without its service jax aborts those that still end
 
 
 class Missing(RuntimeError):
@@ -134,7 +136,7 @@ class First(Line):
         """Says to all that this process fails; gives them time to hear."""
         self._finished.set()
         self._send_all({"failed": 0, "code": code, "text": text})
-        time.sleep(1.0)
+        time.sleep(LAST)
 
     def finish(self) -> None:
         """Says to all that this process ends as it should."""
@@ -329,7 +331,7 @@ class Other(Line):
         """Says to all that this process fails; gives them time to hear."""
         self._finished.set()
         self._peer.send({"failed": self.place.index, "code": code, "text": text})
-        time.sleep(1.0)
+        time.sleep(_HEARD)
 
     def finish(self) -> None:
         """Says to all that this process ends as it should."""
