@@ -270,14 +270,25 @@ def test_a_job_is_queued_again_where_it_may_go_on(
     assert "python -u -m unicl_jax.main --config" in (tmp_path / "srun").read_text()
 
 
-def test_at_the_time_limit_a_job_saves_and_is_queued_again(tools, tmp_path):
+@pytest.mark.parametrize("ends_first", [False, True])
+def test_at_the_time_limit_a_job_saves_and_is_queued_again(tools, tmp_path, ends_first):
     folder, environ = tools
     stand_in(
         folder,
         "srun",
-        'trap "exit 143" TERM; echo $$ >"$FAKE/pid"; while true; do sleep 0.1; done',
+        """
+        trap "exit 143" TERM
+        echo $$ >"$FAKE/pid.new"; mv "$FAKE/pid.new" "$FAKE/pid"
+        while true; do sleep 0.1; done
+        """,
     )
-    stand_in(folder, "scancel", 'echo "$@" >"$FAKE/scancel"; kill "$(<"$FAKE/pid")"')
+    # It comes back when the processes are gone already, or while they save.
+    waiting = 'while kill -0 "$pid"; do sleep 0.05; done' if ends_first else ":"
+    stand_in(
+        folder,
+        "scancel",
+        f'echo "$@" >"$FAKE/scancel"; pid=$(<"$FAKE/pid"); kill "$pid"; {waiting}',
+    )
     stand_in(folder, "scontrol", 'echo "$@" >"$FAKE/scontrol"')
     job = subprocess.Popen(
         ["bash", LAUNCH / "slurm.sbatch", *TRAINING],
