@@ -109,7 +109,13 @@ def compile_step(
     found["warnings"] = compiler_warnings(said)
     if keep is not None:
         Path(keep).parent.mkdir(parents=True, exist_ok=True)
-        Path(keep).write_bytes(gzip.compress(json.dumps(found).encode()))
+        # At once: what is there is whole, also beside another process that writes it.
+        temporary = Path(f"{keep}.{os.getpid()}")
+        try:
+            temporary.write_bytes(gzip.compress(json.dumps(found).encode()))
+            temporary.replace(keep)
+        finally:
+            temporary.unlink(missing_ok=True)
     return Compiled(**found)
 
 
