@@ -218,7 +218,7 @@ def test_the_ends_of_the_ranges_are_allowed(field, value):
 
 @pytest.mark.parametrize(
     "batch, devices, nearest",
-    [(1000, 64, "960 and 1024"), (17, 8, "16 and 24"), (5, 8, "8")],
+    [(1000, 64, "are 960 and 1024"), (17, 8, "are 16 and 24"), (5, 8, "is 8")],
 )
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do(
     batch, devices, nearest
@@ -227,7 +227,7 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_do(
     config.batch_size = batch
     message = refusal(config, devices)
     assert f"got {batch} for {devices} devices" in message
-    assert message.endswith(f"nearest are {nearest}.")
+    assert message.endswith(f"nearest {nearest}.")
 
 
 def test_a_batch_of_one_has_nothing_to_contrast():

@@ -263,7 +263,7 @@ def test_what_micro_batches_do_not_fit_is_refused():
     config.micro_batches = 4
     said = refusal(config, 8)
     assert "micro_batches times the devices" in said and "16 for 4 x 8" in said
-    assert said.endswith("nearest are 32.")
+    assert said.endswith("nearest is 32.")
     for value in (0, 2.0, True):
         wrong = good()
         put(wrong, "micro_batches", value)

@@ -448,7 +448,7 @@ def test_mixing_needs_one_view_and_even_rows_on_each_device():
     message = refusal(good_with(config, batch_size=24), 8)
     assert "twice the number of devices" in message
     assert "got 24 for 8 devices; nearest are 16 and 32." in message
-    assert "nearest are 16." in refusal(good_with(config, batch_size=8), 8)
+    assert "nearest is 16." in refusal(good_with(config, batch_size=8), 8)
     config = good()
     config.mix.update(mixups=1.0)
     assert 'no config field "mix.mixups"; did you mean "mixup"' in refusal(config)

@@ -15,9 +15,18 @@ import pytest
 from absl import flags
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from unicl_jax import plan, sharding
+from unicl_jax import exit_codes, plan, sharding
 from unicl_jax.errors import InputError
-from unicl_jax.planning import advice, compiling, hlo, jaxpr, network, plans, roofline
+from unicl_jax.planning import (
+    advice,
+    compiling,
+    hlo,
+    jaxpr,
+    network,
+    plans,
+    report,
+    roofline,
+)
 from unicl_jax.planning.batch import make_batch, mean_slots
 from unicl_jax.planning.chips import CHIPS, GIB
 from unicl_jax.planning.jaxpr import Work
@@ -545,6 +554,34 @@ def test_a_kept_program_is_read_not_compiled(tmp_path):
     assert compiling.compile_step(None, "none", 1, None, path) == kept
 
 
+def test_a_program_is_kept_whole_or_not_at_all(tmp_path, monkeypatch):
+    import gzip
+
+    made = compiling.Compiled("text", {}, {}, 1, 2, [], [], None, None, [])._asdict()
+    compilations, write = [], Path.write_bytes
+
+    def compiled(command, **_):
+        compilations.append(command)
+        write(Path(command[-1]), gzip.compress(json.dumps(made).encode()))
+        return subprocess.CompletedProcess(command, 0, b"", b"")
+
+    def half(path, content):
+        write(path, content[: len(content) // 2])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(subprocess, "run", compiled)
+    keep = tmp_path / "kept" / "x.json.gz"
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(Path, "write_bytes", half)
+        with pytest.raises(OSError, match="no space"):
+            compiling.compile_step(None, "none", 1, None, keep)
+    assert not any(keep.parent.iterdir())
+    for _ in range(2):
+        assert compiling.compile_step(None, "none", 1, None, keep).text == "text"
+    assert len(compilations) == 2 and [*keep.parent.iterdir()] == [keep]
+
+
 # The command.
 
 
@@ -651,6 +688,20 @@ def test_bfloat16_is_not_said_to_be_faster_than_itself():
     assert "989 TFLOP/s instead of 494" in line("h100:4")
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (12.3, "12 seconds"),
+        (90, "1.5 minutes"),
+        (4.3 * 3600, "4.3 hours"),
+        (3.2 * 86400, "3.2 days"),
+        (1234 * 86400, "1,234 days"),
+    ],
+)
+def test_a_short_run_does_not_take_no_days(value, said):
+    assert report.duration(value) == said
+
+
 @load_module
 def test_what_does_not_fit_has_its_own_exit_code(monkeypatch, command):
     # The state fits, a step's activations don't.
@@ -658,6 +709,8 @@ def test_what_does_not_fit_has_its_own_exit_code(monkeypatch, command):
     monkeypatch.setitem(CHIPS, "tiny", chip)
     code, said, _ = command("--topology=tiny:1")
     assert code == plan.DOES_NOT_FIT
+    of_others = {x for x in vars(exit_codes).values() if isinstance(x, int)}
+    assert code not in of_others and code < 128  # nor a signal's
     assert "does not fit" in said
     for change in ("batch_size=", "micro_batches=", "model.image.remat=True"):
         assert f"--config.{change}" in said

@@ -47,6 +47,8 @@ def choose(menu: dict, name: str, what: str):
 
 
 def nearest_multiples(number: int, unit: int) -> str:
-    """The multiples of `unit` around a number, as in "960 and 1024"; 0 is none."""
+    """Multiples of `unit` around a number: "nearest are 960 and 1024"; 0 is none."""
     below = number // unit * unit
-    return " and ".join(str(n) for n in (below, below + unit) if n)
+    if not below:
+        return f"nearest is {unit}"
+    return f"nearest are {below} and {below + unit}"

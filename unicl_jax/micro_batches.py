@@ -27,7 +27,7 @@ def check(config: Mapping, num_rows: int) -> None:
     if batch % unit:
         raise InputError(
             "batch_size must be divisible by micro_batches times the devices that its "
-            f"rows are divided over: got {batch} for {count} x {num_rows}; nearest are "
+            f"rows are divided over: got {batch} for {count} x {num_rows}; "
             f"{nearest_multiples(batch, unit)}."
         )
     name = config["model"]["image"]["name"]

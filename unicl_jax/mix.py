@@ -174,5 +174,5 @@ def check_mix(config: Mapping, num_devices: int) -> None:
         raise InputError(
             "batch_size must be divisible by twice the number of devices where images "
             f"are mixed, two of a device at a time: got {batch} for {num_devices} "
-            f"devices; nearest are {nearest_multiples(batch, unit)}."
+            f"devices; {nearest_multiples(batch, unit)}."
         )

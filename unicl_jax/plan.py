@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 
+from unicl_jax import exit_codes
 from unicl_jax import main as trainer
 from unicl_jax.checks.report import make_console
 from unicl_jax.config import to_json
@@ -26,7 +27,8 @@ from unicl_jax.planning.compiling import compile_step
 from unicl_jax.planning.topology import parse_topology
 from unicl_jax.processes import agreement
 
-DOES_NOT_FIT, BAD_INPUT = 1, 2
+BAD_INPUT = exit_codes.BAD_INPUT
+DOES_NOT_FIT = 7  # none of the trainer's: 1 is an unforeseen error, here too
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
       argv: as `sys.argv`.
 
     Returns:
-      The exit code: 0 if the run fits; 1 if it does not; 2 for what cannot be planned.
+      The exit code: 0 if the run fits; 7 if it does not; 2 for what cannot be planned.
     """
     parser = argparse.ArgumentParser(
         prog="python -m unicl_jax.plan",

@@ -113,8 +113,7 @@ def _check_batch(config, num_devices, num_processes):
         raise InputError(
             "batch_size must be divisible by the number of devices"
             f"{'' if unit == num_devices else ' along mesh.data and mesh.fsdp'}: got "
-            f"{batch} for {unit} devices; nearest are "
-            f"{nearest_multiples(batch, unit)}."
+            f"{batch} for {unit} devices; {nearest_multiples(batch, unit)}."
         )
     if batch < 2:
         raise InputError(

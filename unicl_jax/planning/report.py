@@ -62,6 +62,15 @@ def seconds(value: float) -> str:
     raise AssertionError
 
 
+def duration(value: float) -> str:
+    """Seconds as 3.2 days, 11 hours, 5.0 minutes, 20 seconds."""
+    for unit, scale in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        if value >= scale or unit == "second":
+            number = value / scale
+            return f"{number:,.{0 if number >= 9.95 else 1}f} {unit}s"
+    raise AssertionError
+
+
 def _run(plan):
     config, topology = plan.config, plan.topology
     section = Section("run")
@@ -191,7 +200,7 @@ def _time(plan):
     )
     section.good(
         f"{seconds(times.step)} a step: {plan.images_per_second:,.0f} images/s, "
-        f"{percent(per_second / peak)} of the peak; {plan.days:,.1f} days for "
+        f"{percent(per_second / peak)} of the peak; {duration(86400 * plan.days)} for "
         f"{plan.config.total_steps:,} steps"
     )
     section.good(
