@@ -725,6 +725,7 @@ def test_without_libtpu_it_says_how_to_get_it(monkeypatch, command):
     assert 'pip install "jax[tpu]"' in said
 
 
+@pytest.mark.slow  # the short form compiles for TPUs in loss_on_tpus_test.py
 def test_a_small_step_compiled_for_a_tpu(tmp_path):
     """The estimate of memory beside the compiler's, of a model of any size at all."""
     if compiling.importlib.util.find_spec("libtpu") is None:

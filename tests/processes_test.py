@@ -15,10 +15,11 @@ import pytest
 
 from unicl_jax import exit_codes
 from unicl_jax.errors import InputError
-from unicl_jax.processes import agreement
+from unicl_jax.processes import agreement, roll_call
 from unicl_jax.processes.cluster import Place
 from unicl_jax.processes.line import Line
-from unicl_jax.processes.roll_call import First, Missing, Other
+from unicl_jax.processes.other import Other
+from unicl_jax.processes.roll_call import First, Missing
 
 ROOT = Path(__file__).parents[1]
 SAME = {"config": {"batch_size": "64"}}
@@ -117,6 +118,35 @@ def test_a_port_in_use_is_an_answer():
         address = f"127.0.0.1:{held.getsockname()[1]}"
         with pytest.raises(InputError, match="port must be free on process 0's host"):
             First(Place("test", address, 2, 0), 10.0, bind_for=0.0)
+
+
+@pytest.mark.parametrize("on_one_host", [True, False])
+def test_a_second_process_0_is_named_as_that(on_one_host, closing, monkeypatch):
+    """Nobody looks for a process 1 that was called 0."""
+    port, ended = free_port(), []
+
+    def come(address):
+        with pytest.raises(InputError) as error:
+            First(Place("test", address, 2, 0), 10.0).roll_call(SAME, 8.0)
+        ended.append(str(error.value))
+
+    # Of two hosts each has its own such port, and one of them the address.
+    elsewhere = free_port()
+    listen = roll_call.listen
+    threads = [threading.Thread(target=come, args=(f"localhost:{port}",))]
+    threads[0].start()
+    time.sleep(0.5)
+    if not on_one_host:
+        monkeypatch.setattr(roll_call, "listen", lambda _, *a: listen(elsewhere, *a))
+    threads.append(threading.Thread(target=come, args=(f"localhost:{port}",)))
+    threads[1].start()
+    start = time.monotonic()
+    for thread in threads:
+        thread.join(20)
+    assert time.monotonic() - start < 6
+    host = socket.gethostname()
+    said = f"two say they are process 0, on {host} and on {host}. Look at their --pro"
+    assert len(ended) == 2 and all(said in x for x in ended), ended
 
 
 def test_another_number_of_processes_is_an_answer():
@@ -243,7 +273,7 @@ def test_exit_codes_are_those_of_the_launchers():
 WORKER = """
 import os, signal, sys, time
 from unicl_jax import processes
-from unicl_jax.processes import agreement
+from unicl_jax.processes import agreement, roll_call
 from unicl_jax.errors import InputError
 address, count, index, workdir = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
 config, records = {"batch_size": 64}, {"pairs": (100, "aaaa")}

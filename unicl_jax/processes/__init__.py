@@ -15,7 +15,8 @@ from unicl_jax import exit_codes
 from unicl_jax.errors import InputError
 from unicl_jax.processes import agreement, cluster
 from unicl_jax.processes.cluster import Place
-from unicl_jax.processes.roll_call import LAST, First, Missing, Other
+from unicl_jax.processes.other import Other
+from unicl_jax.processes.roll_call import LAST, First, Missing
 
 __all__ = ["Missing", "agree", "find_place", "leave", "start"]
 

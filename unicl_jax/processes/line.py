@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from unicl_jax import exit_codes
 from unicl_jax.errors import InputError
@@ -111,7 +112,34 @@ class Line:
         )
 
 
-def listen(port: int, seconds: float) -> socket.socket:
+def ask(address: str, hello: dict, keepalive: float, seconds: float) -> str | None:
+    """What is wrong with this process, as another one says that listens at an address.
+
+    Args:
+      address: "host:port".
+      hello: who this is.
+      keepalive: as for `Peer`.
+      seconds: to wait for its word.
+
+    Returns:
+      Its error; "" if it hangs up or says nothing else; None if nobody listens.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        connection = socket.create_connection((host.strip("[]"), int(port)), seconds)
+    except OSError:
+        return None
+    with connection:
+        peer = Peer(connection, keepalive)
+        peer.send(hello)
+        connection.settimeout(seconds)
+        found = peer.read()
+    return next((x["error"] for x in found if x and x.get("error")), "")
+
+
+def listen(
+    port: int, seconds: float, while_in_use: Callable[[], None] = lambda: None
+) -> socket.socket:
     """A listening socket; waits for a port in use, and raises InputError in the end."""
     deadline = time.monotonic() + seconds
     while True:
@@ -132,6 +160,7 @@ def listen(port: int, seconds: float) -> socket.socket:
                     f"gave {error.strerror}; end what holds it, or name another one "
                     "with JAX_COORDINATOR_PORT or --coordinator_address."
                 ) from error
+            while_in_use()
             time.sleep(0.5)
 
 

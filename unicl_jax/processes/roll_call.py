@@ -7,6 +7,7 @@ when one fails or is gone. It needs no port but the coordinator's: process 0 lis
 there until all have come, and hands it to jax then.
 """
 
+import secrets
 import selectors
 import socket
 import threading
@@ -17,11 +18,10 @@ from unicl_jax import exit_codes
 from unicl_jax.errors import InputError
 from unicl_jax.processes.agreement import Facts, differences, named
 from unicl_jax.processes.cluster import Place
-from unicl_jax.processes.line import Line, Peer, listen, patience, say
+from unicl_jax.processes.line import Line, Peer, ask, listen, patience, say
 
-_POLL = 0.2  # seconds between looks at whether to go on listening
-_REMIND = 30.0  # seconds between lines about who is awaited
-_HEARD = 1.0  # seconds in which the others hear why a process ends
+POLL = 0.2  # seconds between looks at whether to go on listening
+REMIND = 30.0  # seconds between lines about who is awaited
 LAST = 2.5  # of process 0: without its service jax aborts those that still end
 
 
@@ -49,7 +49,14 @@ class First(Line):
         self._rounds: dict[str, dict[int, Facts]] = {}
         self._changed = threading.Condition()
         self._selector = selectors.DefaultSelector()
-        self._listener = listen(int(place.coordinator.rpartition(":")[2]), bind_for)
+        self._token, self._refused = secrets.token_hex(8), None
+        port = place.coordinator.rpartition(":")[2]
+
+        def who_is_there():  # a process 0 of this run, maybe
+            if said := self._ask(f"localhost:{port}"):
+                raise InputError(said)
+
+        self._listener = listen(int(port), bind_for, who_is_there)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
 
     def roll_call(self, facts: Facts, seconds: float) -> list[str]:
@@ -81,23 +88,37 @@ class First(Line):
         self._listen_from_now_on()
         return warnings
 
+    def _ask(self, address):
+        """What another process 0 at an address says; see `line.ask`."""
+        hello = {"process": 0, "of": self.place.count, "host": self.hosts[0]}
+        hello |= {"facts": {}, "token": self._token}
+        return ask(address, hello, self._keepalive, 2.0)
+
+    def _look_for_another(self):
+        """Until somebody answers at the address that all have: mostly this process."""
+        while not self._finished.is_set() and self._refused is None:
+            self._refused = self._ask(self.place.coordinator)
+            time.sleep(POLL)
+
     def _await_all(self, facts, seconds):
+        threading.Thread(target=self._look_for_another, daemon=True).start()
         told, problem, start = {0: facts}, None, time.monotonic()
-        remind = start + _REMIND / 3
+        remind = start + REMIND / 3
         while problem is None and len(told) < self.place.count:
             now = time.monotonic()
             if now > start + seconds:
                 self._answer(error := self._who_is_missing(told, seconds), True)
                 raise Missing(error)
             if now > remind:
-                remind = now + _REMIND
+                remind = now + REMIND
                 say(f"waiting for {named(self._missing(told))} of {self.place.count}")
-            for peer, message in self._pump(min(_POLL, start + seconds - now + 0.01)):
+            for peer, message in self._pump(min(POLL, start + seconds - now + 0.01)):
                 if message is None:
                     self._forget(peer)
                     told.pop(peer.process, None)
                 else:
                     problem = problem or self._enter(peer, message, told)
+            problem = problem or self._refused or None
         return told, problem
 
     def agree(
@@ -120,7 +141,7 @@ class First(Line):
             told = self._rounds.setdefault(name, {})
             told[0] = facts
             while len(told) < self.place.count:
-                if not self._changed.wait(_REMIND):
+                if not self._changed.wait(REMIND):
                     late = self._missing(told)
                     say(f"waiting for {named(late)} to come to the {name}")
             del self._rounds[name]  # another stage of the run may ask again
@@ -172,10 +193,11 @@ class First(Line):
     def _enter(self, peer, message, told):
         """Writes a newcomer down; returns what is wrong with it."""
         process, of = message.get("process"), message.get("of")
-        if not isinstance(process, int) or "facts" not in message:
+        is_own = message.get("token") == self._token
+        if is_own or not isinstance(process, int) or "facts" not in message:
             self._forget(peer)
             return None
-        if of != self.place.count or not 0 < process < self.place.count:
+        if of != self.place.count or not 0 <= process < self.place.count:
             return (
                 f"all processes must be told the same number of them: process 0 was "
                 f"told {self.place.count}; process {process} on {message['host']} {of}."
@@ -184,7 +206,8 @@ class First(Line):
             return (
                 "each process must have a number of its own: two say they are process "
                 f"{process}, on {self.hosts[process]} and on {message['host']}. Look "
-                "for one that is left over from an earlier start."
+                "at their --process_id, or for one that is left over from an earlier "
+                "start."
             )
         peer.process, self._peers[process] = process, peer
         self.hosts[process], told[process] = message["host"], message["facts"]
@@ -222,7 +245,7 @@ class First(Line):
 
     def _follow(self):
         while not self._finished.is_set():
-            for peer, message in self._pump(_POLL):
+            for peer, message in self._pump(POLL):
                 self._hear(peer, message)
 
     def _hear(self, peer, message):
@@ -249,135 +272,3 @@ class First(Line):
                 self._send_all(told)
             # It writes the checkpoints: one that is whole but for its name gets it.
             self._end(message["code"], text, patience(message["code"], 5.0))
-
-
-class Other(Line):
-    """The end of a process that is not the first."""
-
-    _peer: Peer | None = None
-
-    def roll_call(self, facts: Facts, seconds: float) -> list[str]:
-        """Tells process 0 what this one runs; waits until all have come.
-
-        Args:
-          facts: of this process.
-          seconds: to wait for process 0, which waits as long for the others.
-
-        Returns:
-          Differences that a run can live with.
-
-        Raises:
-          Missing: naming who did not come.
-          InputError: if they differ.
-        """
-        try:
-            return self._take(self._introduce(facts, seconds))[0]
-        except BaseException:
-            self.close()
-            raise
-
-    def _introduce(self, facts, seconds):
-        host, _, port = self.place.coordinator.rpartition(":")
-        start, why = time.monotonic(), None
-        remind = start + _REMIND / 3
-        while time.monotonic() < start + seconds:
-            try:
-                left = start + seconds - time.monotonic()
-                connection = socket.create_connection(
-                    (host.strip("[]"), int(port)), max(0.1, min(10.0, left))
-                )
-                self._peer = Peer(connection, self._keepalive)
-                self._peer.send(
-                    {
-                        "process": self.place.index,
-                        "of": self.place.count,
-                        "host": socket.gethostname(),
-                        "facts": facts,
-                    }
-                )
-                # Process 0 may have begun to wait later than this one.
-                answer = self._await_answer(seconds + 30)
-                if answer is not None:
-                    return answer
-                connection.close()
-                why = "it hung up, or is no trainer"
-            except OSError as error:
-                why = error.strerror or str(error)
-            if time.monotonic() > remind:
-                remind = time.monotonic() + _REMIND
-                say(f"waiting for process 0 at {self.place.coordinator} ({why})")
-            time.sleep(0.2)
-        first = f" ({self.place.hosts[0]})" if self.place.hosts else ""
-        raise Missing(
-            f"all processes must come within --start_timeout: process 0{first} did not "
-            f"answer at {self.place.coordinator} in {seconds:g} s ({why}). Look at its "
-            "log; make sure that the address is its host's, and that no firewall "
-            f"closes the port. This is process {self.place.index} of "
-            f"{self.place.count}, on {socket.gethostname()}."
-        )
-
-    def agree(
-        self, name: str, facts: Facts, extra: Any = None
-    ) -> tuple[list[str], Any]:
-        """As of `First`; `extra` is process 0's."""
-        del extra
-        self._answer = None
-        self._answered.clear()
-        self._peer.send({"round": name, "facts": facts})
-        self._answered.wait()
-        return self._take(self._answer)
-
-    def tell(self, code: int, text: str) -> None:
-        """Says to all that this process fails; gives them time to hear."""
-        self._finished.set()
-        self._peer.send({"failed": self.place.index, "code": code, "text": text})
-        time.sleep(_HEARD)
-
-    def finish(self) -> None:
-        """Says to all that this process ends as it should."""
-        self._finished.set()
-        self._peer.send({"done": self.place.index})
-
-    def _close(self):
-        if self._peer:
-            self._peer.socket.close()
-
-    def _await_answer(self, seconds):
-        deadline = time.monotonic() + seconds
-        self._peer.socket.settimeout(_POLL)
-        while time.monotonic() < deadline:
-            for message in self._peer.read():
-                if message is None or "error" in message:
-                    return message
-        return None
-
-    def _take(self, answer):
-        if answer["error"]:
-            self._finished.set()
-            raise (Missing if answer["missing"] else InputError)(answer["error"])
-        self.hosts = answer["hosts"]
-        if not hasattr(self, "_answered"):
-            self._answered = threading.Event()
-            self._listen_from_now_on()
-        return answer["warnings"], answer["extra"]
-
-    def _follow(self):
-        self._peer.socket.settimeout(_POLL)
-        while not self._finished.is_set():
-            for message in self._peer.read():
-                if message is None:
-                    if not self._peer.done:
-                        self._end(exit_codes.LOST, self._lost(0), 0.0)
-                    return
-                if "error" in message:
-                    self._answer = message
-                    self._answered.set()
-                elif "done" in message:
-                    self._peer.done = True
-                elif "failed" in message and message["failed"] != self.place.index:
-                    self._peer.done |= message["failed"] == 0
-                    text = message["text"]
-                    if message["failed"] == 0:
-                        text = f"{self.name(0)} failed: {text}"
-                    code = message["code"]
-                    self._end(code, text, patience(code, 0.0))
