@@ -36,7 +36,7 @@ def digest(tree: Any) -> dict[str, int]:
     # all arrays in one would take longer to compile than to save.
     parts = [_parts(x) for _, x in leaves]
     mine = [
-        sum(int(shard.data[0]) for shard in part.addressable_shards) % 2**32
+        sum(int(np.asarray(shard.data)[0]) for shard in part.addressable_shards) % 2**32
         for part in jax.block_until_ready(parts)
     ]
     sums = np.array([mine], np.uint32)
@@ -74,7 +74,8 @@ def _program(mesh: Mesh, axes: tuple):
             place = place * np.uint32(whole) + along
         for name in set(mesh.axis_names) - used:
             copy += jnp.uint32(lax.axis_index(name))
-        return jnp.where(copy == 0, _sum(x, place), 0)[None]
+        total = lax.cond(copy == 0, _sum, lambda *_: jnp.uint32(0), x, place)
+        return total[None]
 
     return jax.jit(
         jax.shard_map(
