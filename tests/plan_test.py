@@ -83,6 +83,15 @@ def test_every_chip_says_where_its_numbers_come_from():
         assert (chip.axes > 0) == (chip.kind == "tpu") == (chip.network == 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "cores", "boost"),
+    [("v100", 5120, 1.53e9), ("t4", 2560, 1.59e9), ("rtx4090", 16384, 2.52e9)],
+)
+def test_float32_peaks_are_cores_times_clock(name, cores, boost):
+    # Of the last one TF32 is as fast as its cores are.
+    assert CHIPS[name].f32 == pytest.approx(2 * cores * boost, rel=0.01)
+
+
 # Time on links.
 
 

@@ -102,6 +102,11 @@ _TPUS = (
 )
 # GPUs: NVLink and PCIe one way, half of a datasheet's bidirectional figure. The network
 # is what such a server usually has, a card for each GPU; it is not the GPU's to say.
+# Of V100, T4, L4 and RTX 4090 NVIDIA's own sheets were not at hand: their figures were
+# compared with what others print of them (modal-labs/modal-client pull request 2797
+# for memory, waredb.com for the RTX 4090, sysrqmts.com for the T4, store.sourcecode.com
+# for the L4, xenon.com.au and gamersnexus.com for the V100), and float32 with cores x 2
+# x boost clock: 5120 x 2 x 1.53 GHz, 2560 x 2 x 1.59, 16384 x 2 x 2.52.
 _GPUS = (
     Chip(
         *("v100", "V100 SXM2 16 GB", "gpu", 16 * GIB, 900 * GB, 15.7 * T, 15.7 * T),
@@ -110,10 +115,11 @@ _GPUS = (
         "DGX-1: 4 x 100 Gbit/s, of which one is counted",
     ),
     Chip(
-        *("t4", "T4", "gpu", 16 * GIB, 320 * GB, 8.1 * T, 8.1 * T),
+        *("t4", "T4", "gpu", 15 * GIB, 320 * GB, 8.1 * T, 8.1 * T),
         *(16 * GB, 0, 4, 6.25 * GB),
-        "NVIDIA T4 datasheet; no bfloat16 units, so float32's; PCIe 3 x16; network: "
-        "50 Gbit/s, AWS g4dn",
+        "NVIDIA T4 datasheet; memory as nvidia-smi shows it, 15,360 MiB: of 16 GiB, "
+        "its error correction takes one; no bfloat16 units, so float32's; PCIe 3 x16; "
+        "network: 50 Gbit/s, AWS g4dn",
     ),
     Chip(
         *("a100-40", "A100 SXM 40 GB", "gpu", 40 * GIB, 1555 * GB, 312 * T, 156 * T),
@@ -126,10 +132,11 @@ _GPUS = (
         "NVIDIA A100 datasheet; network: DGX A100, 8 x 200 Gbit/s",
     ),
     Chip(
-        *("l4", "L4", "gpu", 24 * GB, 300 * GB, 121 * T, 60.5 * T),
+        *("l4", "L4", "gpu", 23034 * 2**20, 300 * GB, 121 * T, 60 * T),
         *(32 * GB, 0, 8, 12.5 * GB),
-        "NVIDIA L4 datasheet, half its sparse peaks; PCIe 4 x16; network: 100 Gbit/s, "
-        "Google Cloud g2-standard-96",
+        "NVIDIA L4 datasheet, half its sparse peaks of 242 and 120; memory as "
+        "nvidia-smi shows it, 23,034 MiB; PCIe 4 x16; network: 100 Gbit/s, Google "
+        "Cloud g2-standard-96",
     ),
     Chip(
         *("rtx4090", "RTX 4090", "gpu", 24 * GIB, 1008 * GB, 165.2 * T, 82.6 * T),
