@@ -30,7 +30,7 @@ from unicl_jax.checks.report import (
     two_digits,
     verdict,
 )
-from unicl_jax.checks.setting import abstract_state
+from unicl_jax.checks.setting import abstract_state, look_at_config
 from unicl_jax.data.arrays import ArraySource
 from unicl_jax.data.iterator import TrainIterator
 from unicl_jax.errors import InputError
@@ -467,6 +467,21 @@ def test_a_checkpoint_is_as_large_as_the_state(config, tmp_path):
     state = jax.jit(lambda: init_state(*parts, 0))()
     real = sum(x.nbytes for x in jax.tree.leaves(state))
     assert resources.bytes_of(abstract_state(setting)) == real
+
+
+def test_the_model_is_traced_once_for_all_numbers_of_concepts(config, tmp_path):
+    config.objective, config.ema_decay = "cross_entropy", 0.9
+    setting = setting_of(config, tmp_path)
+    look_at_config(Section("config"), setting)
+    traced, init = [], setting.model.init
+    setting.towers = None
+    setting.model = setting.model._replace(init=lambda k: traced.append(1) or init(k))
+    few, many = abstract_state(setting, 3), abstract_state(setting, 7)
+    assert len(traced) == 1
+    assert few.params["objective"]["class_bias"].shape == (3,)
+    assert many.params["objective"]["class_bias"].shape == (7,)
+    shapes = [jax.tree.map(lambda x: x.shape, s.params["image"]) for s in (few, many)]
+    assert shapes[0] == shapes[1] == jax.tree.map(lambda x: x.shape, few.ema["image"])
 
 
 # --- The contact sheet.

@@ -31,6 +31,7 @@ class Setting:
       model: the two towers; this and what follows is None if it cannot be made.
       tokenizer: of the text tower.
       optimizer: of the run.
+      towers: shapes of the model's parameters and state, once they were asked for.
       sources: those that open, by name.
       evaluations: the same.
       samples: `records.Sample` by the source's name.
@@ -47,6 +48,7 @@ class Setting:
     model: encoders.TwoTower | None = None
     tokenizer: data.Tokenizer | None = None
     optimizer: Any = None
+    towers: Any = None
     sources: dict[str, data.Source] = dataclasses.field(default_factory=dict)
     evaluations: dict[str, data.Source] = dataclasses.field(default_factory=dict)
     samples: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -132,12 +134,18 @@ def abstract_state(setting: Setting, num_concepts: int = 0) -> Any:
     objective = objectives.make_objective(
         config.objective, setting.model, num_concepts=max(1, num_concepts)
     )
-    return jax.eval_shape(
-        lambda: init_state(
-            *(setting.model, objective, setting.optimizer, config.seed),
+    if setting.towers is None:  # which take the longest to trace
+        setting.towers = jax.eval_shape(setting.model.init, jax.random.key(0))
+
+    def made(towers):
+        return init_state(
+            *(setting.model._replace(init=lambda key: towers), objective),
+            *(setting.optimizer, config.seed),
             frozen=tuple(config.frozen),
+            ema_decay=config.ema_decay,
         )
-    )
+
+    return jax.eval_shape(made, setting.towers)
 
 
 def _made(section: Section, make: Callable):
