@@ -1,8 +1,9 @@
 """A real run is killed again and again, and ends in the same bits.
 
 The command itself on a tiny model: SIGKILL and SIGTERM at random moments, of which
-some are aimed at saves and starts. Slow: every start is a process. FAULT_KILLS says how
-many kills (default 20; `.ci/run` has fewer), FAULT_SEED at which moments.
+some are aimed at saves and starts. Slow: every start is a process, and 20 kills take
+two minutes: `pytest -m slow tests/fault_test.py`. FAULT_KILLS says how many kills
+(default 20; `.ci/run` has fewer), FAULT_SEED at which moments.
 `benchmarks/faults.py` runs the same with hundreds, and with several processes.
 """
 
