@@ -243,7 +243,7 @@ def test_text_weights_with_a_tokenizer_of_their_own_are_refused(write, make_mesh
 @pytest.mark.parametrize(
     "source, said",
     [
-        ("gs://bucket/run", "must be on this machine.*gs://bucket/run.*copy it here"),
+        ("s3://bucket/run", "must be a directory or in Cloud Storage.*s3://bucket/run"),
         ("nowhere.safetensors", 'or a weights file: ".*nowhere.safetensors" holds no'),
         ("{}", "must be a workdir, or hold model.safetensors"),
     ],

@@ -783,5 +783,5 @@ def test_importing_the_trainer_does_not_import_tensorflow():
 
 
 def test_a_bucket_is_no_directory(make_config):
-    with pytest.raises(InputError, match='directory: got "gs://bucket/run"; mount'):
-        prepare_workdir("gs://bucket/run", make_config(), write=True)
+    with pytest.raises(InputError, match='gs://.: got "s3://bucket/run"; mount'):
+        prepare_workdir("s3://bucket/run", make_config(), write=True)

@@ -1,7 +1,6 @@
 """Saving and restoring a run; with `restoring`, the rooms that know Orbax."""
 
 import contextlib
-import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from unicl_jax import storage
 from unicl_jax.digest import digest
 from unicl_jax.errors import InputError
 from unicl_jax.restoring import first_line, newest_whole
@@ -56,7 +56,8 @@ class Checkpoints:
 
     A checkpoint holds the training state, the data position and a digest of the state's
     arrays. Orbax writes to a temporary directory and renames it when all of it is
-    there, so a kill at any moment leaves the newest whole one to go on from.
+    there (in a bucket it leaves a mark), so a kill at any moment leaves the newest
+    whole one to go on from.
     """
 
     def __init__(self, workdir: Path, kept: int, keep_every: int = 0):
@@ -86,8 +87,7 @@ class Checkpoints:
         self._manager = None
         with self._saving():
             if jax.process_index() == 0:
-                for torn in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(torn)
+                storage.remove_half_written(self._directory)
             self._manager = _Manager(self._directory, options=options)
 
     def save(self, state: TrainState, data_state: dict[str, Any]) -> bool:
@@ -161,8 +161,10 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax raises what its threads met, of any type
             self._failed = True
-            kept = saved_steps(self._directory.parent)
-            newest = f"the newest there is {kept[-1]}" if kept else "none is there"
+            newest = "which are there is not known"
+            with contextlib.suppress(OSError):  # it may be what failed
+                kept = saved_steps(self._directory.parent)
+                newest = f"the newest there is {kept[-1]}" if kept else "none is there"
             raise NotSaved(
                 f'checkpoints must be written to "{self._directory}": one could not be '
                 f"({first_line(error)}); {newest}. Make room there, or see to it that "
@@ -188,10 +190,7 @@ def check_has_saved(workdir: str | Path) -> None:
     Raises:
       InputError: saying so.
     """
-    if "://" in str(workdir):
-        raise InputError(
-            f'init_from must be on this machine: got "{workdir}"; copy it here.'
-        )
+    storage.check_bucket(storage.path(workdir))
     if not has_saved(workdir):
         raise InputError(
             f"init_from must be the workdir of a run that saved, or a weights file: "
@@ -217,7 +216,7 @@ def load_towers(
       InputError: if there is no whole checkpoint, or its model is another one.
     """
     check_has_saved(workdir)
-    directory = Path(workdir).absolute() / "checkpoints"
+    directory = storage.absolute(workdir) / "checkpoints"
     manager = ocp.CheckpointManager(directory)
     step = manager.latest_step()
     path = directory / str(step) / "state"
@@ -284,7 +283,7 @@ def read_towers(workdir: str | Path) -> tuple[Any, Any]:
     Raises:
       InputError: if there is no whole checkpoint.
     """
-    directory = Path(workdir).absolute() / "checkpoints"
+    directory = storage.absolute(workdir) / "checkpoints"
     if not has_saved(workdir):  # the manager would make the directory
         raise InputError(
             f'a run must have saved: "{workdir}" holds no checkpoint yet; let it train '

@@ -11,11 +11,11 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
 from unicl_jax import main as trainer
+from unicl_jax import storage
 from unicl_jax.checks import Setting, examine
 from unicl_jax.checks.report import make_console, show, verdict
 from unicl_jax.errors import InputError
@@ -77,8 +77,8 @@ def _setting(options, argv):
         )
     return Setting(
         config=config,
-        workdir=Path(workdir) if workdir else None,
-        out=Path(options.out or workdir or "."),
+        workdir=storage.path(workdir) if workdir else None,
+        out=storage.path(options.out or workdir or "."),
         processes=processes,
         devices=devices,
         records=options.records,

@@ -1,13 +1,12 @@
 """Where a run starts from: other runs' models, and weights files of any layout."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from unicl_jax import checkpoint, encoders, objectives
+from unicl_jax import checkpoint, encoders, objectives, storage
 from unicl_jax.encoders import weights
 from unicl_jax.encoders.weights.resize import SIZES, resized
 from unicl_jax.errors import InputError
@@ -105,8 +104,10 @@ def _check_frozen(config, taken):
 
 
 def _start(source, config, like):
-    path = Path(source)
-    if path.is_file() or path.is_dir() and not (path / "checkpoints").is_dir():
+    path = storage.path(source)
+    if not storage.is_bucket(path) and (
+        path.is_file() or path.is_dir() and not (path / "checkpoints").is_dir()
+    ):
         return _of_weights(source, config, like)
     checkpoint.check_has_saved(source)
     theirs = saved_config(source)

@@ -10,6 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from unicl_jax import storage
+
 _FLUSH_SECONDS = 60  # between writes of events to disk
 
 
@@ -51,7 +53,7 @@ class Metrics:
         with self._trying():
             if self._path.exists():
                 of_steps_before(self._path, is_kept)
-            self._file = self._path.open("a")
+            self._file = storage.open_log(self._path)
             self._board = _Board(workdir / "tensorboard", first_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -69,6 +71,11 @@ class Metrics:
         if self._board is not None:
             with self._trying():
                 self._board.write(step, scalars)
+
+    def sync(self) -> None:
+        """Has `metrics.jsonl` be there, to the last line, before a save is."""
+        with self._trying():
+            storage.sync(self._file)
 
     def close(self) -> None:
         """Closes both files."""
@@ -104,9 +111,9 @@ class _Board:
         from tensorboardX import event_file_writer, summary
         from tensorboardX.proto import event_pb2
 
-        directory.mkdir(exist_ok=True)
+        self._folder = storage.LocalFolder(directory)
         self._event, self._scalar = event_pb2.Event, summary.scalar
-        self._writer = event_file_writer.EventsWriter(str(directory / "events"))
+        self._writer = event_file_writer.EventsWriter(f"{self._folder.path}/events")
         # TensorBoard forgets what earlier starts wrote of these steps.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         for more in (dict(file_version="brain.Event:2"), dict(session_log=start)):
@@ -121,9 +128,11 @@ class _Board:
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._flushed = time.monotonic()
             self._writer.flush()
+            self._folder.copy()
 
     def close(self):
         self._writer.close()
+        self._folder.close()
 
 
 def of_steps_before(path: Path, is_kept: Callable[[dict], bool]) -> None:
@@ -140,15 +149,13 @@ def of_steps_before(path: Path, is_kept: Callable[[dict], bool]) -> None:
         except (ValueError, LookupError, TypeError, AttributeError):
             return False
 
-    lines = [x for x in path.read_text(errors="replace").splitlines() if x]
-    temporary = path.with_suffix(".new")
-    temporary.write_text("".join(f"{x}\n" for x in lines if is_kept_line(x)))
-    temporary.replace(path)
+    lines = [x for x in storage.read_text(path).splitlines() if x]
+    storage.write_text(path, "".join(f"{x}\n" for x in lines if is_kept_line(x)))
 
 
 def read(workdir: Path) -> list[dict[str, float]]:
     """The lines of a run's `metrics.jsonl`, in order; cut-off ones are left out."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    lines = storage.read_text(workdir / "metrics.jsonl").splitlines()
     rows = []
     for line in lines:
         try:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from unicl_jax import encoders
+from unicl_jax import encoders, storage
 from unicl_jax.augment import NORMALIZATIONS
 from unicl_jax.augment import normalize as normalize_pixels
 from unicl_jax.encoders import weights
@@ -350,7 +350,8 @@ def load(
             "a model must be a path or a name: got "
             f"{type(source).__name__}; arrays by name go to weights.from_arrays."
         )
-    path = Path(source)
+    path = storage.path(source)
+    storage.check_bucket(path)
     try:
         there = path.exists()
     except OSError as error:  # too long, or not to be looked at
@@ -367,6 +368,11 @@ def load(
                     f'"{source}"; leave those out.'
                 )
             return _of_run(path)
+    if storage.is_bucket(path):
+        raise InputError(
+            f'in Cloud Storage a model must be the workdir of a run: "{source}" holds '
+            "no checkpoints; copy weights to this machine."
+        )
     if there:
         return Model(weights.read(path, layout, **changes))
     known = variants()

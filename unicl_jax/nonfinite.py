@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unicl_jax import storage
 from unicl_jax.metrics import of_steps_before
 
 FILE = "nonfinite.jsonl"
@@ -62,7 +63,7 @@ class NonFiniteSteps:
         loss, norm = f"{scalars['loss']}", f"{scalars['grad_norm']}"
         line = dict(step=step, loss=loss, grad_norm=norm, records=records(step))
         try:
-            with self._path.open("a") as file:
+            with storage.open_log(self._path) as file:
                 file.write(json.dumps(line) + "\n")
             where = f"its records are in {self._path}"
         except OSError as error:

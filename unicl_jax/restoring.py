@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from unicl_jax import storage
 from unicl_jax.digest import digest
 from unicl_jax.errors import InputError
 from unicl_jax.step import ADDED, TrainState
@@ -121,10 +122,12 @@ def _read(path, step, like, check):
             ),
         )
         jax.block_until_ready(state)
-        position = json.loads((path / "data" / "metadata").read_text())
+        position = json.loads(storage.read_text(path / "data" / "metadata"))
     except (InputError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise  # not of the checkpoint's making
     except Exception as error:  # tensorstore's are of any type
+        if storage.is_unreachable(path, error):
+            raise
         raise _Damaged(f"reading it failed ({first_line(error)})") from error
     finally:
         handler.close()
@@ -133,7 +136,7 @@ def _read(path, step, like, check):
     expected = {}  # older ones have none
     if (path / "digest").exists():
         try:
-            expected = json.loads((path / "digest" / "metadata").read_text())
+            expected = json.loads(storage.read_text(path / "digest" / "metadata"))
             expected = {str(k): int(v) for k, v in expected.items()}
         except Exception as error:
             raise _Damaged(f"its digest cannot be read ({error!r})") from error
@@ -177,7 +180,7 @@ def _set_aside(directory, step, why):
     failed = ""
     if jax.process_index() == 0:
         try:
-            (directory / str(step)).rename(directory / name)
+            storage.rename_folder(directory / str(step), directory / name)
         except OSError as error:
             failed = f"renaming it failed ({error.strerror})"
     if failed := _any_process(failed):

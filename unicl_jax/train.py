@@ -176,6 +176,8 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     def save():
         if (step := int(state.step)) > first_step:  # else there is nothing new
             watchdog.at(f"saving step {step}")
+            metrics.sync()
+            batches.sync_skipped()
             checkpoints.save(state, {"step": step})
             clock.restart()
 
@@ -252,6 +254,7 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         evaluate(config.total_steps)
         progress.close()
         if is_first:
+            metrics.sync()
             for line in end_of_run(workdir, tasks, scores, config.evaluations):
                 progress.say(line)
     except Interrupted:

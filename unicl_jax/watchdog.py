@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from unicl_jax import storage
 from unicl_jax.exit_codes import HUNG
 
 COMPILING = 4  # times as patient
@@ -83,7 +84,7 @@ class Watchdog:
 
     def _write(self, said):
         try:
-            with self._path.open("w") as file:
+            with storage.written_whole(self._path) as file:
                 file.write(f"{time.strftime('%F %T %z')} {said}\n\n")
                 file.flush()
                 _dump(file)

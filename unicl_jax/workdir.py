@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
+from unicl_jax import storage
 from unicl_jax.config import FREE, FREE_FIELDS, default, flatten, to_json
 from unicl_jax.errors import InputError
 
@@ -21,7 +22,7 @@ def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Pat
     """Makes the run's directory, or makes sure that it is this run's.
 
     Args:
-      workdir: the directory; made if it is not there.
+      workdir: the directory, or gs://bucket/folder; made if it is not there.
       config: the resolved config; saved as `config.json`.
       write: whether this process writes (one of them does).
 
@@ -32,22 +33,16 @@ def prepare_workdir(workdir: str | Path, config: ConfigDict, write: bool) -> Pat
       InputError: if it cannot be written, holds something else, or holds a run with
         another config (the message says which fields differ).
     """
-    if "://" in str(workdir):  # as a path it would be a folder here, named "gs:"
-        raise InputError(
-            f'--workdir must be a directory: got "{workdir}"; mount the bucket (Cloud '
-            "Storage FUSE) or a shared file system (Filestore, NFS), and name that."
-        )
-    workdir = Path(workdir).absolute()
+    workdir = storage.absolute(workdir)
+    storage.check_bucket(workdir)
     saved = workdir / "config.json"
-    temporary = workdir / "config.json.new"
-    if saved.is_file():
+    there = storage.names(workdir)
+    if saved.name in there:
         # A start that failed before it learnt anything binds nobody to its config.
         if has_saved(workdir):
             _check_same_run(workdir, saved, config)
-    elif workdir.is_dir() and (
-        others := {*workdir.iterdir()} - {temporary, workdir / CONTACT_SHEET}
-    ):
-        entries = ", ".join(sorted(p.name for p in others)[:3])
+    elif others := there - {f"{saved.name}.new", CONTACT_SHEET}:
+        entries = ", ".join(sorted(others)[:3])
         raise InputError(
             f'--workdir must be new, empty, or a run of this config: "{workdir}" holds '
             f"{entries} and no config.json; name another directory."
@@ -75,9 +70,9 @@ def keep_concepts(workdir: Path, table: "ConceptTable", write: bool) -> None:
         the file cannot be read or written.
     """
     path = workdir / "concepts.json"
-    if path.is_file() and has_saved(workdir):
+    if path.exists() and has_saved(workdir):
         try:
-            differ = table.differences(json.loads(path.read_text("utf-8")))
+            differ = table.differences(json.loads(storage.read_text(path)))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(
                 f'"{path}" must hold a run\'s concepts: it cannot be read '
@@ -117,9 +112,9 @@ def keep_records(
     """
     path = workdir / "records.json"
     now = {name: {"records": n, "hash": mark} for name, (n, mark) in found.items()}
-    if path.is_file() and has_saved(workdir):
+    if path.exists() and has_saved(workdir):
         try:
-            before = json.loads(path.read_text("utf-8"))
+            before = json.loads(storage.read_text(path))
             return [
                 f"{name}: its records are others than when the run started "
                 f"({before[name]['records']:,} then, {now[name]['records']:,} now), so "
@@ -142,14 +137,15 @@ def has_saved(workdir: str | Path) -> bool:
 def saved_steps(workdir: str | Path) -> list[int]:
     """The steps of a run's checkpoints, in order."""
     # Orbax writes to "6.orbax-checkpoint-tmp", and renames it to "6".
-    found = (Path(workdir) / "checkpoints").glob("[0-9]*")
-    return sorted(int(path.name) for path in found if path.name.isdigit())
+    folder = storage.path(workdir) / "checkpoints"
+    found = [name for name in storage.names(folder) if name.isdigit()]
+    return sorted(int(name) for name in storage.committed(folder, found))
 
 
 def saved_config(workdir: str | Path) -> dict[str, Any]:
     """What a run's config.json holds; {} if that cannot be read."""
     try:
-        found = json.loads((Path(workdir) / "config.json").read_text())
+        found = json.loads(storage.read_text(storage.path(workdir) / "config.json"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -157,21 +153,19 @@ def saved_config(workdir: str | Path) -> dict[str, Any]:
 
 def _write(workdir, name, text):
     """At once: a kill leaves the old file or the new one."""
-    temporary = workdir / f"{name}.new"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text + "\n", "utf-8")
-        temporary.replace(workdir / name)
+        storage.write_text(workdir / name, text + "\n")
     except OSError as error:
         raise InputError(
             f'--workdir must be a directory that can be written: "{workdir}" gave '
-            f"{error.strerror}; name another directory."
+            f"{error.strerror}; {storage.advice(workdir)}."
         ) from error
 
 
 def _check_same_run(workdir, saved, config):
     try:
-        old = flatten(json.loads(saved.read_text()))
+        old = flatten(json.loads(storage.read_text(saved)))
     except (OSError, ValueError, AttributeError) as error:  # the last: not a dict
         raise InputError(
             f'"{saved}" must hold a run\'s config: it cannot be read ({error}); name '

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unicl_jax import storage
 from unicl_jax.data.records import Request
 from unicl_jax.evaluation import Scores, ZeroShotTask
 
@@ -55,7 +56,8 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
+    with storage.written_whole(path, "wb") as file:
+        figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
 
 
@@ -119,7 +121,8 @@ def draw_predictions(
     figure.suptitle(
         "Evaluation images: the name given, and in brackets the right one", fontsize=10
     )
-    figure.savefig(path, dpi=120)
+    with storage.written_whole(path, "wb") as file:
+        figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from unicl_jax import data
+from unicl_jax import data, storage
 from unicl_jax.augment import make_views
 from unicl_jax.checks.report import some
 from unicl_jax.checks.setting import Setting
@@ -164,7 +164,8 @@ def draw(setting: Setting, path: Path) -> tuple[int, int]:
         top += bands[source.name] * high
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        with storage.written_whole(path, "wb") as file:
+            sheet.save(file, "PNG")
     except OSError as error:
         raise InputError(
             f'--out must be a folder that can be written: "{path.parent}" gave '

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from unicl_jax import data
+from unicl_jax import data, storage
 from unicl_jax.checks.report import Section, size, some
 from unicl_jax.checks.setting import Setting, abstract_state
 from unicl_jax.data.iterator import CACHED_TEXTS
@@ -31,11 +31,16 @@ def look_at_resources(section: Section, setting: Setting) -> None:
     trees = abstract_state(setting, concepts)
     state = bytes_of(trees)
     kept = config.checkpoints_kept + 1
-    disk, folder = free_disk(setting.workdir or setting.out)
     text = (
         f"disk: {some(kept, 'checkpoint')} of {size(state)}, one being written, take "
-        f"{size(kept * state)} of {size(disk)} free in {folder}"
+        f"{size(kept * state)}"
     )
+    where, disk = setting.workdir or setting.out, np.inf
+    if storage.is_bucket(where):
+        text += f" of {where}"
+    else:
+        disk, folder = free_disk(where)
+        text += f" of {size(disk)} free in {folder}"
     if kept * state > disk:
         section.warn(
             text, "make room, name another --workdir, or lower checkpoints_kept"

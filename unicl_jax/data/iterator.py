@@ -152,6 +152,10 @@ class TrainIterator:
         self.close()
         self._records.keep(workdir, self._step, *self._process)
 
+    def sync_skipped(self) -> None:
+        """Has that list be there, to the last line, before a save is."""
+        self._records.sync()
+
     def skipped(self, step: int | None = None) -> dict[str, float]:
         """What this process skipped in the run up to a step; see `skipped`.
 

@@ -9,17 +9,20 @@ indexing left out has `step` 0, and instead of `index` a `count` for its place a
 
 import collections
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unicl_jax import storage
 from unicl_jax.data.records import Rows, Source
 from unicl_jax.errors import InputError
 
 _LEAST, _ENOUGH = 100, 1000  # records looked at before a share says something
 _NAMED = 3  # places in a message, by reason
+_OTHERS = re.compile(r"skipped-(\d+)\.jsonl")
 
 
 class SkippedRecords:
@@ -76,22 +79,22 @@ class SkippedRecords:
           Itself.
         """
         self.close()
-        self._path = _file_of(Path(workdir), process_index)
-        numbers = {int(f.stem[8:]) for f in Path(workdir).glob("skipped-*[0-9].jsonl")}
+        workdir = storage.path(workdir)
+        self._path = _file_of(workdir, process_index)
+        found = map(_OTHERS.fullmatch, storage.names(workdir))
+        numbers = {int(match[1]) for match in found if match}
         left = sorted(n for n in numbers if n >= process_count)
         mine = [n for n in left if n % process_count == process_index]
-        others = [_file_of(Path(workdir), number) for number in mine]
+        others = [_file_of(workdir, number) for number in mine]
         lines = [] if process_index else self._damage_lines()
         found = [path for path in (self._path, *others) if path.exists()]
         if found:
-            partial = self._path.with_suffix(".new")
-            with partial.open("w") as new:
+            with storage.written_whole(self._path) as new:
                 for path in found:
-                    with path.open(errors="replace") as old:
-                        new.writelines(x for x in old if self._is_kept(x, step))
-            partial.replace(self._path)
+                    old = storage.lines(path)
+                    new.writelines(x for x in old if self._is_kept(x, step))
         for path in others:
-            path.unlink()
+            storage.remove(path)
         self._write(lines)
         return self
 
@@ -134,6 +137,10 @@ class SkippedRecords:
             if self._replaced[place]:
                 scalars[source.name] = self._replaced[place] / self._rows[place]
         return scalars
+
+    def sync(self) -> None:
+        """Has the file be there, to the last line, before a save is."""
+        storage.sync(self._file)
 
     def close(self) -> None:
         """Closes the file."""
@@ -189,7 +196,7 @@ class SkippedRecords:
             return
         for line in lines:
             if self._file is None:
-                self._file = self._path.open("a")
+                self._file = storage.open_log(self._path)
             self._file.write(json.dumps(line) + "\n")
         if self._file is not None:
             self._file.flush()

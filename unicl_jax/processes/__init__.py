@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from unicl_jax import exit_codes
+from unicl_jax import exit_codes, storage
 from unicl_jax.errors import InputError
 from unicl_jax.processes import agreement, cluster
 from unicl_jax.processes.cluster import Place
@@ -120,16 +120,17 @@ def agree(records: Mapping[str, tuple[int, str]], workdir: str | Path) -> None:
     """
     if _line is None:
         return
-    path, is_first = Path(workdir) / _TOKEN_FILE, isinstance(_line, First)
+    path, is_first = storage.path(workdir) / _TOKEN_FILE, isinstance(_line, First)
     token = secrets.token_hex(8)
     if is_first:
         hosts = '", "'.join(_line.hosts)
         try:
-            path.write_text(f'{{"token": "{token}", "hosts": ["{hosts}"]}}\n')
+            said = f'{{"token": "{token}", "hosts": ["{hosts}"]}}\n'
+            storage.write_text(path, said)
         except OSError as error:
             raise InputError(
                 f'--workdir must be a directory that can be written: "{path}" gave '
-                f"{error.strerror}; name another directory."
+                f"{error.strerror}; {storage.advice(path.parent)}."
             ) from error
     kind = jax.local_devices()[0].device_kind
     facts = agreement.of_data(records, jax.local_device_count(), kind)
@@ -143,8 +144,9 @@ def _sees(path, token):
     deadline = time.monotonic() + _SHARED_FOR
     while time.monotonic() < deadline:
         try:
-            os.listdir(path.parent.parent)  # NFS then forgets that it was not there
-            if token in path.read_text():
+            if not storage.is_bucket(path):
+                os.listdir(path.parent.parent)  # NFS then forgets that it was not there
+            if token in storage.read_text(path):
                 return True
         except OSError:
             pass

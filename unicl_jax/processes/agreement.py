@@ -41,7 +41,7 @@ _ADVICE = {
     "data": "All of them must read the same files: copy them to every host, or set the "
     "path to a shared directory.",
     "workdir": "--workdir must be a directory that all processes share (NFS, "
-    "Filestore, Lustre): they write checkpoints together.",
+    "Filestore, Lustre) or in a bucket (gs://): they write checkpoints together.",
 }
 
 
