@@ -25,14 +25,11 @@ class FakeGcs:
         self.refuse = lambda method, name: 0
         self.lock, self.generation = threading.RLock(), 0
         handler = type("Handler", (_Handler,), {"gcs": self})
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self.environ = {
             "STORAGE_EMULATOR_HOST": self.url,
             "TENSORSTORE_GCS_HTTP_URL": self.url,
-            # Orbax's reads of an absent array are tried 32 times else.
-            "TENSORSTORE_GCS_MAX_RETRIES": "3",
             "GOOGLE_CLOUD_PROJECT": "none",
             # gRPC, to ask of which kind a bucket is; there is none here.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
@@ -61,8 +58,16 @@ class FakeGcs:
         return self.objects["bucket", name][1]
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        """Clients close connections when they like."""
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     gcs: FakeGcs
 
     def log_message(self, *_):
@@ -84,12 +89,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not found:
             return self._send(501, {"error": {"message": url.path}})
         bucket, name = found[1], urllib.parse.unquote(found[2] or "") or None
+        if url.path.startswith("/upload/"):
+            name, body = self._uploaded(query, body)
+        self.gcs.requests.append((self.command, name))
+        if status := self.gcs.refuse(self.command, name):
+            return self._send(status, {"error": {"message": "refused"}})
         with self.gcs.lock:
-            if url.path.startswith("/upload/"):
-                name, body = self._uploaded(query, body)
-            self.gcs.requests.append((self.command, name))
-            if status := self.gcs.refuse(self.command, name):
-                return self._send(status, {"error": {"message": "refused"}})
             if bucket != "bucket":
                 return self._send(404, {"error": {"message": f"no bucket {bucket}"}})
             if url.path.startswith("/upload/"):

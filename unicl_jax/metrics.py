@@ -73,9 +73,12 @@ class Metrics:
                 self._board.write(step, scalars)
 
     def sync(self) -> None:
-        """Has `metrics.jsonl` be there, to the last line, before a save is."""
+        """Has all that was written be there before a save is."""
         with self._trying():
             storage.sync(self._file)
+        if self._board is not None:
+            with self._trying():
+                self._board.sync()
 
     def close(self) -> None:
         """Closes both files."""
@@ -127,6 +130,11 @@ class _Board:
             self._writer.write_event(event)
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._flushed = time.monotonic()
+            self._writer.flush()
+            self._folder.copy()
+
+    def sync(self):
+        if self._folder.is_copied:
             self._writer.flush()
             self._folder.copy()
 

@@ -212,7 +212,8 @@ class LocalFolder:
     """A folder for libraries that write files themselves, and only on this machine.
 
     Attributes:
-      path: where they are to write: the folder itself, or one that `copy` copies.
+      path: where they are to write: the folder itself, or another one.
+      is_copied: whether it is another one, from which `copy` has to copy.
     """
 
     def __init__(self, folder: Path):
@@ -221,8 +222,8 @@ class LocalFolder:
         Args:
           folder: in a directory or in a bucket.
         """
-        self._folder, self._temporary = folder, None
-        if is_bucket(folder):
+        self._folder, self.is_copied = folder, is_bucket(folder)
+        if self.is_copied:
             self._temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
             self.path = Path(self._temporary.name)
         else:
@@ -231,14 +232,14 @@ class LocalFolder:
 
     def copy(self) -> None:
         """Has what is in it be in the folder."""
-        if self._temporary is not None:
+        if self.is_copied:
             for file in self.path.iterdir():
                 _put(self._folder / file.name, file.read_bytes())
 
     def close(self) -> None:
         """Copies a last time."""
         self.copy()
-        if self._temporary is not None:
+        if self.is_copied:
             self._temporary.cleanup()
 
 
