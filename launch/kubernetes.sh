@@ -20,7 +20,7 @@
 #   --gpus=N            GPUs a host, in place of TPUs
 #   --hosts=N           hosts with GPUs (1)
 #   --volume=CLAIM:DIR  a PersistentVolumeClaim, ReadWriteMany, mounted at DIR: --workdir
-#                       and data lie there
+#                       and data lie there, unless they are in gs://
 #   --spot              on spot nodes of GKE
 #   --max-restarts=N    (100)
 # The pods' exit codes decide what comes next; see launch/exit_codes.sh. Wrong input, a

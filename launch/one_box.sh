@@ -3,7 +3,8 @@
 #
 #   launch/one_box.sh [--dry-run] [--restarts=R] N --config=... --workdir=...
 #
-# The processes' output goes to WORKDIR.logs/process_<i>.log; process 0's is shown too.
+# The processes' output goes to WORKDIR.logs/process_<i>.log (of gs://bucket/a/run, to
+# run.logs/ here); process 0's is shown too.
 # NVIDIA GPUs are divided evenly. Ctrl-C saves and stops all of them; a second one kills.
 # One that fails ends the others; the exit code is that of the first that failed (the
 # table is in launch/exit_codes.sh). With --restarts=R the command is started again, up
@@ -36,7 +37,7 @@ number=$1
 shift
 check_training "$@"
 workdir=$(value_of workdir "$@")
-logs=${workdir%/}.logs
+logs=$(logs_of "$workdir")
 grace=90 # seconds for the others, which are told when one fails, to end by themselves
 need python "activate the environment that unicl_jax is installed in."
 

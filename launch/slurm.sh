@@ -9,7 +9,8 @@
 #     --config=configs/swin_tiny.py --workdir=/shared/runs/swin_tiny
 # One process a node (--ntasks-per-node=1) takes all of its GPUs.
 #
-# --workdir must be on a file system that all nodes share. The log is WORKDIR.logs/%j.log.
+# --workdir must be on a file system that all nodes share, or gs://bucket/folder. The log
+# is WORKDIR.logs/%j.log; of gs://bucket/a/run, run.logs/%j.log here.
 # UNICL_SETUP: a command of the job before training, as in "source env/bin/activate".
 # UNICL_MAX_RESTARTS: how often it is queued again (100).
 # scancel ends it for good. What is queued again after which exit code: see
@@ -33,10 +34,11 @@ done
 [[ ${1:-} == -- ]] && shift
 check_training "$@"
 workdir=$(value_of workdir "$@")
-if [[ $workdir != /* ]]; then workdir=$PWD/$workdir; fi
+logs=$(logs_of "$workdir")
+if [[ $logs != /* ]]; then logs=$PWD/$logs; fi
 need sbatch "log in to a node of the cluster that has SLURM's commands."
-step mkdir -p "${workdir%/}.logs" # SLURM does not make it, and loses the log then
+step mkdir -p "$logs" # SLURM does not make it, and loses the log then
 step sbatch --job-name="$(basename "$workdir")" --requeue --open-mode=append \
-  --signal=B:USR1@180 --output="${workdir%/}.logs/%j.log" \
+  --signal=B:USR1@180 --output="$logs/%j.log" \
   --export="ALL,UNICL_LAUNCH=$here" "${options[@]+"${options[@]}"}" \
   "$here/slurm.sbatch" "$@"

@@ -53,6 +53,13 @@ value_of() {
   done
 }
 
+# Where the logs of a --workdir go: beside it, or here if it is in a bucket.
+logs_of() {
+  local workdir=${1%/}
+  if [[ $workdir == gs://* ]]; then workdir=${workdir##*/}; fi
+  echo "$workdir.logs"
+}
+
 # Refuses a training command without a recipe or a directory.
 check_training() {
   local name

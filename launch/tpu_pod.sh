@@ -31,7 +31,8 @@
 #   --poll=SECONDS      between two looks (60)
 #   --max-restarts=N    of the trainer or the TPU (100)
 # Every host learns from the TPU who it is: the trainer needs no other flags. --workdir
-# must be a directory that all hosts share, and that outlives the TPU: Filestore, NFS.
+# must be gs://bucket/folder, or a directory that all hosts share and that outlives the
+# TPU: Filestore, NFS.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=steps.sh

@@ -35,7 +35,7 @@ install)
   export PATH=$HOME/.local/bin:$PATH
   command -v uv >/dev/null || python3 -m pip install --quiet --user uv
   uv venv --quiet --allow-existing --python 3.12 "$HOME/unicl_env"
-  uv pip install --quiet --python "$python" -e ".[data,tpu]"
+  uv pip install --quiet --python "$python" -e ".[data,gcs,tpu]"
   ;;
 start)
   shift

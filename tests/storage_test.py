@@ -119,12 +119,12 @@ def rows(gcs):
     return [{k: v for k, v in x.items() if k not in tiny_run.TIMES} for x in found]
 
 
-def command(folder, workdir, *more):
+def command(folder, workdir, *more, devices=8):
     return subprocess.Popen(
         [sys.executable, "-m", "unicl_jax.main"]
         + [f"--config={folder / 'recipe.py'}", f"--workdir={workdir}", *more],
         env=os.environ
-        | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)}
+        | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
         # Without it, every start would be two.
         | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},
         stdout=subprocess.PIPE,
@@ -244,6 +244,7 @@ def test_two_processes_share_a_bucket(gcs, tiny):
         command(
             *(tiny, "gs://bucket/run", address, "--num_processes=2"),
             *(f"--process_id={i}", "--config.total_steps=4"),
+            devices=4,
         )
         for i in range(2)
     ]
