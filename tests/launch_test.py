@@ -136,6 +136,17 @@ def test_one_box_gives_each_process_its_number_and_its_gpus():
     assert "4 GPUs must divide evenly" in done.stderr
 
 
+@pytest.mark.parametrize("script", ["one_box.sh", "slurm.sh"])
+def test_the_logs_of_a_run_in_a_bucket_lie_here(script):
+    run = ["--config=configs/swin_tiny.py", "--workdir=gs://bucket/a/run/"]
+    first = "2" if script == "one_box.sh" else "--"
+    done = call(script, "--dry-run", first, *run)
+    assert done.returncode == 0 and run[1] in done.stdout
+    assert "gs://bucket/a/run.logs" not in done.stdout
+    if script == "slurm.sh":
+        assert f"--output={Path.cwd()}/run.logs/%j.log" in done.stdout
+
+
 def stand_in(folder, name, script):
     """Puts an executable of that name into `folder`."""
     folder.mkdir(exist_ok=True)

@@ -332,7 +332,10 @@ def test_what_others_write_is_seen_at_once(gcs):
     assert storage.read_text(folder / "processes.json") == "one"
     gcs.put("bucket", "run/checkpoints/6/commit_success.txt", b"")
     gcs.put("bucket", "run/processes.json", b"two")
-    assert saved_steps(folder) == [6]
+    gcs.put("bucket", "run/config.json", b"")
+    gcs.put("bucket", "run/checkpoints/9/commit_success.txt", b"")
+    assert saved_steps(folder) == [6, 9]
+    assert storage.names(folder) == {"checkpoints", "processes.json", "config.json"}
     assert storage.read_text(folder / "processes.json") == "two"
     with pytest.raises(FileNotFoundError):
         storage.read_text(folder / "none")

@@ -349,7 +349,8 @@ class _GrowingObject:
 
     def flush(self):
         if time.monotonic() - self._tried >= _SECONDS:
-            self.sync()
+            with contextlib.suppress(OSError):  # the next one brings all of it
+                self.sync()
 
     def sync(self):
         with self._lock:

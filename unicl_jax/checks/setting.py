@@ -1,5 +1,6 @@
 """The config itself: what of it the trainer would refuse, and what it makes of it."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +102,9 @@ def look_at_config(section: Section, setting: Setting) -> None:
     setting.optimizer = made and made[0]
     if setting.workdir is not None:
         _made(section, lambda: prepare_workdir(setting.workdir, config, write=False))
-    starts = setting.workdir is None or not has_saved(setting.workdir)
+    starts = True
+    with contextlib.suppress(OSError):  # of a bucket, said above
+        starts = setting.workdir is None or not has_saved(setting.workdir)
     if setting.model is not None and starts:
         _made(section, lambda: init_from.read(config, setting.model))
     if section.count(PROBLEM):

@@ -8,6 +8,7 @@ indexing left out has `step` 0, and instead of `index` a `count` for its place a
 """
 
 import collections
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -140,7 +141,8 @@ class SkippedRecords:
 
     def sync(self) -> None:
         """Has the file be there, to the last line, before a save is."""
-        storage.sync(self._file)
+        with contextlib.suppress(OSError):  # the next one brings all of it
+            storage.sync(self._file)
 
     def close(self) -> None:
         """Closes the file."""
