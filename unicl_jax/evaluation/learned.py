@@ -1,9 +1,9 @@
 """Protocols that learn from a task's training set, on features that stay."""
 
 from unicl_jax.evaluation import knn as nearest
+from unicl_jax.evaluation import logistic, probe
 from unicl_jax.evaluation.context import Context, Outcome
 from unicl_jax.evaluation.judge import judged
-from unicl_jax.evaluation.probe import linear_probe as probe
 
 
 def knn(context: Context) -> Outcome:
@@ -28,7 +28,7 @@ def linear_probe(context: Context) -> Outcome:
     if context.options.text_head and context.embedder.has_texts:
         start = context.classes()
     context.progress.start(f"{task.name}: linear probe")
-    found = probe(
+    found = probe.linear_probe(
         data.image,
         data.label,
         test.image,
@@ -81,3 +81,29 @@ def linear_probe(context: Context) -> Outcome:
         details=details,
         said=said,
     )
+
+
+def logistic_probe(context: Context) -> Outcome:
+    """CLIP's probe: logistic regression by L-BFGS, C chosen on validation data."""
+    data, test, task = context.features("train"), context.features("test"), context.task
+    validation = context.features("val")[:2] if "val" in context.splits else None
+    context.progress.start(f"{task.name}: logistic probe")
+    found = logistic.logistic_probe(
+        data.image,
+        data.label,
+        test.image,
+        test.label,
+        classes=task.num_classes,
+        metric=task.metric,
+        validation=validation,
+    )
+    outcome = judged(context, found.scores, test)
+    details = outcome.details | {
+        "chosen": {"c": found.cost},
+        "curves": [{"c": fit.cost, "val": fit.score} for fit in found.sweep],
+        "validation": found.validation,
+        "selected": found.selected,
+        "converged": found.converged,
+    }
+    said = "" if found.converged else "the final fit did not reach its tolerance"
+    return outcome._replace(score=found.selected, details=details, said=said)

@@ -96,5 +96,8 @@ PROTOCOLS = {
         kinds=("classification", "multi_label"),
         options=("text_head",),
     ),
+    "logistic_probe": Protocol(
+        learned.logistic_probe, learns=True, kinds=("classification", "multi_label")
+    ),
     "retrieval": Protocol(recall, learns=False, kinds=("retrieval",), needs_texts=True),
 }
