@@ -131,8 +131,11 @@ def _path(place: Place, folder: str, name: str) -> str:
     if place.format == "tfds":
         return _tfds_version(folder, name)
     path = os.path.join(folder, name)
-    if place.format == "prepared":
-        return path if exists(os.path.join(path, "manifest.json")) else ""
+    if place.format in ("prepared", "folder"):
+        is_prepared = exists(os.path.join(path, "manifest.json"))
+        return (
+            path if exists(path) and is_prepared == (place.format == "prepared") else ""
+        )
     return path if matches(path) else ""
 
 

@@ -242,6 +242,12 @@ def _config(task, found, preprocess):
         _check_order(task, found)
     elif place.format == "webdataset":
         config["class_names"] = os.path.join(found.folder, _CLASS_NAMES)
+        if not places.exists(config["class_names"]):
+            raise InputError(
+                f'task "{task.name}": numbered labels must be told by name: there is '
+                f"no {_CLASS_NAMES} in {found.folder}; write one, a class a line in "
+                "the order of the numbers."
+            )
     elif place.format == "tfrecord":
         raise InputError(
             f'task "{task.name}": numbered labels of TFRecords must be told by name: '

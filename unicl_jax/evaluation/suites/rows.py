@@ -153,7 +153,7 @@ def _places(at, file, name, kind, where):
     places = [_place(f"{at}: where", file, place) for place in where]
     if any(place.format == "quickstart" for place in places):
         return tuple(places)
-    formats = ["webdataset", "folder", "prepared", "csv", "npz"]
+    formats = ["prepared", "webdataset", "folder", "csv", "npz"]
     if kind != "classification":
         formats.remove("folder")
     if kind == "multi_label":
