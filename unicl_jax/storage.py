@@ -1,39 +1,27 @@
 """Where a run's files lie: a directory, or a folder of a Cloud Storage bucket.
 
-A bucket's objects are written whole or not at all, and nothing can be appended to them;
-a folder is no more than the objects whose names begin so, and cannot be renamed at
-once. What follows from that for a run is here; the other rooms take paths of either
-kind, join them by "/", and come here to read, write, list and rename.
-
-What fails raises OSError, with a `strerror` that says why, for either kind.
+The other rooms take paths of either kind, join them by "/", and come here to read,
+write, list and rename; what a bucket does otherwise is in `bucket`. What fails raises
+OSError, with a `strerror` that says why, for either kind.
 """
 
-import concurrent.futures
-import contextlib
-import errno
-import functools
 import io
-import os
 import shutil
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from unicl_jax import bucket
 from unicl_jax.errors import InputError
 
-_SCHEME = "gs://"
-_SECONDS = 60  # between two writes of an object that grows
-_COMMITTED = "commit_success.txt"  # Orbax writes it last, where it cannot rename
-_TORN = "*.orbax-checkpoint-tmp*"  # and where it can, it writes there before
-_ROLES = "roles/storage.objectUser and roles/storage.legacyBucketReader"
+_TORN = "*.orbax-checkpoint-tmp*"  # where Orbax writes until it can rename
 
 
 def is_bucket(path: Any) -> bool:
     """Whether a path is one of Cloud Storage."""
-    return str(path).startswith(_SCHEME)
+    return str(path).startswith(bucket.SCHEME)
 
 
 def path(given: str | Path) -> Path:
@@ -48,17 +36,14 @@ def path(given: str | Path) -> Path:
     Raises:
       InputError: if it is of another kind, or a library is missing.
     """
-    if not is_bucket(given):
-        if "://" in str(given):  # it would be a folder here, named "s3:"
-            raise InputError(
-                "a run's folder must be a directory or in Cloud Storage (gs://): got "
-                f'"{given}"; mount what it names, and name that.'
-            )
-        return Path(given)
-    _file_system()
-    from etils import epath
-
-    return epath.Path(str(given).rstrip("/"))
+    if is_bucket(given):
+        return bucket.path(str(given))
+    if "://" in str(given):  # it would be a folder here, named "s3:"
+        raise InputError(
+            "a run's folder must be a directory or in Cloud Storage (gs://): got "
+            f'"{given}"; mount what it names, and name that.'
+        )
+    return Path(given)
 
 
 def absolute(given: str | Path) -> Path:
@@ -76,74 +61,34 @@ def check_bucket(folder: Path) -> None:
     Raises:
       InputError: saying what to do.
     """
-    if not is_bucket(folder):
-        return
-    bucket, _, name = str(folder).removeprefix(_SCHEME).partition("/")
-    if not (bucket and name):
-        raise InputError(
-            "a run's folder in Cloud Storage must be gs://bucket/folder: got "
-            f'"{folder}"; name a folder.'
-        )
-    from google.api_core import exceptions
-    from google.auth.exceptions import DefaultCredentialsError
-    from google.cloud import storage
-
-    try:
-        storage.Client().get_bucket(bucket)  # as Orbax does, before it saves
-        names(folder)
-    except exceptions.NotFound as error:
-        raise InputError(
-            f'a run\'s bucket must be there: "{bucket}" is not; make it, or mend the '
-            "name."
-        ) from error
-    except (exceptions.Forbidden, exceptions.Unauthorized, PermissionError) as error:
-        raise InputError(
-            f'a run\'s bucket must be readable: "{folder}" gave {_said(error)}; '
-            f"{_grant(bucket)}."
-        ) from error
-    except (DefaultCredentialsError, OSError) as error:
-        raise InputError(
-            f'a run\'s bucket must be readable: "{folder}" gave {_said(error)}; on a '
-            "machine of Google Cloud its service account is used, elsewhere run "
-            "`gcloud auth application-default login` and set GOOGLE_CLOUD_PROJECT."
-        ) from error
+    if is_bucket(folder):
+        bucket.check(folder)
 
 
 def advice(folder: Path) -> str:
     """What to do about a folder that cannot be written."""
-    if is_bucket(folder):
-        bucket = str(folder).removeprefix(_SCHEME).partition("/")[0]
-        return f"{_grant(bucket)}, or name another directory"
-    return "name another directory"
+    known = f"{bucket.grant(folder)}, or " if is_bucket(folder) else ""
+    return f"{known}name another directory"
 
 
 def names(folder: Path) -> set[str]:
     """What lies in a folder; nothing where there is none."""
-    if not is_bucket(folder):
-        return {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    with _os_errors(folder):
-        try:
-            found = _file_system().ls(str(folder), detail=False)
-        except FileNotFoundError:
-            return set()
-    inside = str(folder).removeprefix(_SCHEME) + "/"
-    # What made an empty folder may be an object named as the folder.
-    found = {name.removeprefix(inside).rstrip("/") for name in found}
-    return found - {"", str(folder).removeprefix(_SCHEME)}
+    if is_bucket(folder):
+        return bucket.names(folder)
+    return {p.name for p in folder.iterdir()} if folder.is_dir() else set()
 
 
 def read_text(path: Path) -> str:
     """A file's text; bytes that are none are marked."""
-    if not is_bucket(path):
-        return path.read_text("utf-8", errors="replace")
-    with _os_errors(path):
-        return _file_system().cat_file(str(path)).decode(errors="replace")
+    if is_bucket(path):
+        return bucket.read_text(path)
+    return path.read_text("utf-8", errors="replace")
 
 
 def lines(path: Path) -> Iterator[str]:
     """A text file's lines, each with its end; of a file here one at a time."""
     if is_bucket(path):
-        yield from read_text(path).splitlines(keepends=True)
+        yield from io.StringIO(bucket.read_text(path))
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         yield from file
@@ -155,7 +100,7 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-@contextlib.contextmanager
+@contextmanager
 def written_whole(path: Path, mode: str = "w") -> Iterator[IO]:
     """A file to write, with a descriptor, which replaces another at once when closed.
 
@@ -173,12 +118,11 @@ def written_whole(path: Path, mode: str = "w") -> Iterator[IO]:
             yield file
         temporary.replace(path)
         return
-    with tempfile.TemporaryFile(mode.replace("w", "w+"), encoding=encoding) as file:
-        yield file
-        file.flush()
-        os.lseek(file.fileno(), 0, os.SEEK_SET)
-        with io.FileIO(file.fileno(), closefd=False) as content:
-            _put(path, content.read())
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        temporary = Path(folder) / path.name
+        with temporary.open(mode, encoding=encoding) as file:
+            yield file
+        bucket.write(path, temporary.read_bytes())
 
 
 def open_log(path: Path) -> IO:
@@ -191,7 +135,7 @@ def open_log(path: Path) -> IO:
       The open file: its `write`, `flush` and `close` are to be used.
     """
     if is_bucket(path):
-        return _GrowingObject(path)
+        return bucket.GrowingObject(path)
     return path.open("a", encoding="utf-8")
 
 
@@ -204,7 +148,7 @@ def sync(log: IO | None) -> None:
     Args:
       log: of `open_log`; None: nothing.
     """
-    if isinstance(log, _GrowingObject):
+    if isinstance(log, bucket.GrowingObject):
         log.sync()
 
 
@@ -234,7 +178,7 @@ class LocalFolder:
         """Has what is in it be in the folder."""
         if self.is_copied:
             for file in self.path.iterdir():
-                _put(self._folder / file.name, file.read_bytes())
+                bucket.write(self._folder / file.name, file.read_bytes())
 
     def close(self) -> None:
         """Copies a last time."""
@@ -245,33 +189,23 @@ class LocalFolder:
 
 def remove(path: Path) -> None:
     """Removes a file."""
-    if not is_bucket(path):
+    if is_bucket(path):
+        bucket.remove(path)
+    else:
         path.unlink()
-        return
-    with _os_errors(path):
-        _file_system().rm_file(str(path))
 
 
 def rename_folder(old: Path, new: Path) -> None:
-    """Renames a checkpoint's folder.
-
-    In a bucket it is copied, without passing through here, and then removed, its mark
-    of being whole first: whenever a kill comes, what is left of `old` is as it was, or
-    counts as half written.
+    """Renames a checkpoint's folder; in a bucket it is copied, and then removed.
 
     Args:
       old: there.
       new: not there.
     """
-    if not is_bucket(old):
+    if is_bucket(old):
+        bucket.rename_folder(old, new)
+    else:
         old.rename(new)
-        return
-    with _os_errors(old):
-        files, target = _file_system(), f"{new}".removeprefix(_SCHEME)
-        found = files.find(str(old))
-        source = str(old).removeprefix(_SCHEME)
-        files.copy(found, [target + name.removeprefix(source) for name in found])
-        _remove_folder(old)
 
 
 def committed(folder: Path, steps: list[str]) -> list[str]:
@@ -287,12 +221,7 @@ def committed(folder: Path, steps: list[str]) -> list[str]:
     Returns:
       Some of these names.
     """
-    if not is_bucket(folder):
-        return steps
-    with _os_errors(folder), concurrent.futures.ThreadPoolExecutor(16) as pool:
-        marks = [f"{folder}/{name}/{_COMMITTED}" for name in steps]
-        there = [*pool.map(_file_system().exists, marks)]
-    return [name for name, is_there in zip(steps, there, strict=True) if is_there]
+    return bucket.committed(folder, steps) if is_bucket(folder) else steps
 
 
 def remove_half_written(folder: Path) -> None:
@@ -307,8 +236,7 @@ def remove_half_written(folder: Path) -> None:
         return
     steps = [name for name in names(folder) if name.isdigit()]
     for name in {*steps} - {*committed(folder, steps)}:
-        with _os_errors(folder):
-            _remove_folder(folder / name)
+        bucket.remove_folder(folder / name)
 
 
 def is_unreachable(folder: Path, error: Exception) -> bool:
@@ -316,124 +244,9 @@ def is_unreachable(folder: Path, error: Exception) -> bool:
 
     Args:
       folder: of what was read.
-      error: of Orbax, tensorstore or gcsfs.
+      error: that reading raised.
 
     Returns:
       False for directories: their errors say it by their types.
     """
-    if not is_bucket(folder):
-        return False
-    if isinstance(error, FileNotFoundError):
-        return False
-    signs = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED")
-    said = f"{type(error).__name__} {error}"
-    kinds = ("ClientError", "ClientConnector", "HttpError", "Timeout", "Forbidden")
-    return any(sign in said for sign in (*signs, *kinds))
-
-
-class _GrowingObject:
-    """A log in a bucket: kept in memory, and written whole now and then."""
-
-    def __init__(self, path):
-        self._path, self._lock = path, threading.Lock()
-        try:
-            self._parts = [read_text(path)]
-        except FileNotFoundError:
-            self._parts = []
-        self._is_new, self._tried = False, time.monotonic()
-
-    def write(self, text):
-        with self._lock:
-            self._parts.append(text)
-            self._is_new = True
-
-    def flush(self):
-        if time.monotonic() - self._tried >= _SECONDS:
-            with contextlib.suppress(OSError):  # the next one brings all of it
-                self.sync()
-
-    def sync(self):
-        with self._lock:
-            if not self._is_new:
-                return
-            self._tried = time.monotonic()  # one that fails waits for its next turn
-            self._parts = ["".join(self._parts)]
-            _put(self._path, self._parts[0].encode())
-            self._is_new = False
-
-    def close(self):
-        self.sync()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-
-def _file_system():
-    """gcsfs, the same instance that etils has, and nothing remembered of listings."""
-    try:
-        import fsspec
-        import gcsfs  # noqa: F401
-        from google.cloud import storage  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"a run in Cloud Storage needs gcsfs: it cannot be imported ({error}); run "
-            '`pip install "unicl_jax[gcs]"`.'
-        ) from error
-    if os.environ.setdefault("EPATH_USE_TF", "false") == "false":
-        _forget_tensorflow()
-    for name in ("gs", "gcs"):  # other processes write there, too
-        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
-    return fsspec.filesystem("gcs", finalize_on_close=True)
-
-
-@functools.cache
-def _forget_tensorflow():
-    """Has etils look again at EPATH_USE_TF: jax's compilation cache may have asked.
-
-    By itself it takes TensorFlow where that is installed, whose listings may be old and
-    whose errors are its own.
-    """
-    from etils.epath import gpath
-
-    if forget := getattr(getattr(gpath, "_is_tf_installed", 0), "cache_clear", None):
-        forget()
-
-
-def _put(path, content):
-    with _os_errors(path):
-        _file_system().pipe_file(str(path), content)
-
-
-def _remove_folder(folder):
-    """Its mark of being whole first: what a kill leaves counts as half written."""
-    files = _file_system()
-    with contextlib.suppress(FileNotFoundError):
-        files.rm_file(f"{folder}/{_COMMITTED}")
-    files.rm(str(folder), recursive=True)
-
-
-@contextlib.contextmanager
-def _os_errors(path):
-    """gcsfs raises errors of many types; their callers know one, with `strerror`."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from error
-    except Exception as error:
-        said = _said(error)
-        is_refused = "Forbidden" in said or getattr(error, "code", 0) in (401, 403)
-        kind = PermissionError if is_refused else OSError
-        number = errno.EACCES if is_refused else errno.EIO
-        raise kind(number, said, str(path)) from error
-
-
-def _said(error):
-    said = getattr(error, "strerror", None) or str(error) or repr(error)
-    return " ".join(said.split())[:300]
-
-
-def _grant(bucket):
-    return f'grant this account {_ROLES} on "{bucket}"'
+    return is_bucket(folder) and bucket.is_unreachable(error)
