@@ -125,7 +125,6 @@ class Other(Line):
         return answer["warnings"], answer["extra"]
 
     def _follow(self):
-        self._peer.socket.settimeout(POLL)
         while not self._finished.is_set():
             for message in self._peer.read():
                 if message is None:
