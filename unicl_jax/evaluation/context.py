@@ -109,7 +109,12 @@ class Context:
             self._sources[split] = self.task.open(
                 split, self._data_dir, self.embedder.image_size, cut
             )
-            self.records[split] = len(self._sources[split])
+            self.records[split] = found = len(self._sources[split])
+            if found != (wanted := self.task.sizes.get(split, found)):
+                self.progress.say(
+                    f"{self.task.name}, {split}: {found:,} records, where the protocol "
+                    f"has {wanted:,}: a score of others is no score of it"
+                )
         return self._sources[split]
 
     @functools.cached_property

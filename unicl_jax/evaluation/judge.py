@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from unicl_jax.errors import InputError
 from unicl_jax.evaluation.confusion import confusions, examples, per_class
 from unicl_jax.evaluation.context import Context, Outcome
 from unicl_jax.evaluation.features import Features
@@ -23,9 +24,12 @@ def judged(context: Context, scores: np.ndarray, found: Features) -> Outcome:
     """
     task, labels = context.task, found.label
     names = list(task.class_names)
+    details = {"class_names": names}
+    if labels.ndim == 2 and task.metric == "accuracy":
+        score, records = any_of(scores, labels)
+        return Outcome(score, {"top1": score}, records, details)
     score = METRICS[task.metric](scores, labels)
     metrics = {task.metric: score}
-    details = {"class_names": names}
     if labels.ndim == 2:
         each = average_precision_11(scores, labels)
         details |= {
@@ -48,3 +52,25 @@ def judged(context: Context, scores: np.ndarray, found: Features) -> Outcome:
     arrays = {"predictions": order, "labels": labels, "index": found.index}
     shown = found.index[examples(order, labels)].tolist()
     return Outcome(score, metrics, len(labels), details, arrays, examples=shown)
+
+
+def any_of(scores: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
+    """How often the best class is one of those that a record has.
+
+    Args:
+      scores: [n, K] finite.
+      targets: [n, K] of 0 and 1; records with none don't count.
+
+    Returns:
+      In [0, 1], and the records that count.
+
+    Raises:
+      InputError: if no record has a class.
+
+    Source: ReaL, Beyer et al., arXiv 2006.07159, section 3.
+    """
+    counted = targets.any(1)
+    if not counted.any():
+        raise InputError("a record must have a class: none of the test set has one.")
+    hits = np.take_along_axis(targets, scores.argmax(1)[:, None], 1)[counted, 0]
+    return float((hits > 0).mean()), int(counted.sum())

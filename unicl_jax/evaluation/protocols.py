@@ -23,6 +23,7 @@ class Protocol(NamedTuple):
       kinds: of tasks that it judges.
       needs_texts: whether the model must have a text tower.
       options: names of those `Options` that it heeds.
+      is_slow: whether it has to be asked for by its name.
     """
 
     run: Callable[[Context], Outcome]
@@ -30,6 +31,7 @@ class Protocol(NamedTuple):
     kinds: tuple[str, ...] = ("classification",)
     needs_texts: bool = False
     options: tuple[str, ...] = ()
+    is_slow: bool = False
 
     def unfit(self, context: Context) -> str:
         """Why it cannot judge this model on this task; "" if it can."""
@@ -97,7 +99,10 @@ PROTOCOLS = {
         options=("text_head",),
     ),
     "logistic_probe": Protocol(
-        learned.logistic_probe, learns=True, kinds=("classification", "multi_label")
+        learned.logistic_probe,
+        learns=True,
+        kinds=("classification", "multi_label"),
+        is_slow=True,
     ),
     "retrieval": Protocol(recall, learns=False, kinds=("retrieval",), needs_texts=True),
 }

@@ -46,7 +46,8 @@ def evaluate(
       model: what the results say of the model: where it is from, say.
       data_dir: where the suites' data lies.
       tasks: names of those wanted; (): all.
-      protocols: keys of PROTOCOLS; (): all that fit a task.
+      protocols: keys of PROTOCOLS; (): all that fit a task and are not slow; ("all",):
+        the slow ones, too.
       options: of the protocols.
       progress: what is told meanwhile.
 
@@ -61,6 +62,8 @@ def evaluate(
     known = {task.name: task for task in suite.tasks}
     for name in tasks:
         choose(known, name, f'--task: suite "{suite.name}"')
+    quick = [name for name, chosen in PROTOCOLS.items() if not chosen.is_slow]
+    protocols = (*PROTOCOLS,) if protocols == ("all",) else protocols or quick
     for name in protocols:
         choose(PROTOCOLS, name, "--protocol")
     found = _start(out, embedder, suite, model)
@@ -83,7 +86,7 @@ def evaluate(
         found["tasks"][name] = said
         try:
             task.find("test", data_dir)
-            for protocol in protocols or PROTOCOLS:
+            for protocol in protocols:
                 if why := PROTOCOLS[protocol].unfit(context):
                     said["skipped"][protocol] = why
                     continue
