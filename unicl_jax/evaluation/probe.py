@@ -114,81 +114,14 @@ def linear_probe(
         protocol.merge,
     )
     start = _start(start, ways, fit[0].shape[1], protocol.seed)
-
-    def fit_heads(data, on, settings, epochs, logits=several or metric == "roc_auc"):
-        order = heads.batches(
-            len(data[0]), epochs, protocol.batch_size, protocol.seed + 1
-        )
-        return heads.train(
-            *map(jnp.asarray, data),
-            *map(jnp.asarray, on),
-            start,
-            *np.array(settings, np.float64).T,
-            order,
-            momentum=protocol.momentum,
-            scale=protocol.logit_scale,
-            want_logits=logits,
-            # Rounds of the search differ in length: one size is one program.
-            group=None if len(settings) == 1 else 2 * len(protocol.learning_rates),
-        )
-
-    def curves(trained, on):
-        return _curves(trained, on[1], metric, protocol.softmax_scores)
-
-    sweep = {}  # by the places of learning rate and weight decay
-    steps = _steps(len(fit[0]), protocol)
-
-    def evaluate(places):
-        new = [place for place in places if place not in sweep]
-        settings = {
-            place: (
-                protocol.learning_rates[place[0]],
-                protocol.weight_decays[place[1]],
-            )
-            for place in new
-        }
-        doomed = {
-            place
-            for place, setting in settings.items()
-            if heads.overflows(*setting, protocol.momentum, steps)
-        }
-        for place in doomed:
-            sweep[place] = Curve(*settings[place], (), True)
-        live = [place for place in new if place not in doomed]
-        if live:
-            trained = fit_heads(
-                fit, held, [settings[place] for place in live], protocol.epochs
-            )
-            for i, (place, curve) in enumerate(
-                zip(live, curves(trained, held).T, strict=True)
-            ):
-                finite = bool(trained.finite[:, i].all())
-                sweep[place] = Curve(
-                    *settings[place], tuple(map(float, curve)), not finite
-                )
-        return [
-            -1.0 if sweep[place].diverged else max(sweep[place].scores)
-            for place in places
-        ]
-
-    best = elevater.search(
-        evaluate,
-        len(protocol.learning_rates),
-        len(protocol.weight_decays),
-        protocol.coarse,
-    )
-    chosen = sweep[best]
-    diverged = sum(curve.diverged for curve in sweep.values())
-    if chosen.diverged:
-        raise InputError(
-            f"a setting of the probe must stay finite: all {diverged} diverged. Use "
-            "lower learning rates, or look at the scale of the features."
-        )
+    chosen, curves = sweep(fit, held, start, metric, protocol)
     setting = [(chosen.learning_rate, chosen.weight_decay)]
     epoch = int(np.argmax(chosen.scores))
-    as_chosen = curves(fit_heads(fit, test, setting, protocol.epochs), test)[epoch, 0]
-    final = fit_heads(whole, test, setting, protocol.final_epochs)
-    curve = curves(final, test)[:, 0]
+    _, as_chosen = _fit(fit, test, start, setting, protocol.epochs, metric, protocol)
+    final, curve = _fit(
+        whole, test, start, setting, protocol.final_epochs, metric, protocol
+    )
+    curve = curve[:, 0]
     logits = np.asarray(final.heads(jnp.asarray(test[0]), protocol.logit_scale))[:, 0]
     finite = bool(final.finite.all())
     return Probe(
@@ -198,18 +131,102 @@ def linear_probe(
         validation=chosen.scores[epoch],
         validation_epoch=epoch + 1,
         selected=float(curve[-1]),
-        best_validation_epoch=float(as_chosen),
+        best_validation_epoch=float(as_chosen[epoch, 0]),
         best_test_epoch=float(curve.max()),
         test_curve=tuple(map(float, curve)),
         test_finite=finite,
-        sweep=tuple(sweep[place] for place in sorted(sweep)),
-        diverged=diverged,
+        sweep=curves,
+        diverged=sum(curve.diverged for curve in curves),
         per_class=per_class(logits, test[1])
         if not several and np.isfinite(logits).all()
         else None,
         scores=logits,
         head=final.heads,
     )
+
+
+def sweep(
+    fit: tuple[np.ndarray, np.ndarray],
+    held: tuple[np.ndarray, np.ndarray],
+    start: tuple[np.ndarray, np.ndarray],
+    metric: str = "accuracy",
+    protocol: Protocol = Protocol(),  # noqa: B008 - a tuple
+) -> tuple[Curve, tuple[Curve, ...]]:
+    """Trains heads with the settings that the search asks for, each round together.
+
+    Args:
+      fit: features [n, D] float32 and labels, [n] int32 or [n, K] float32, to train on.
+      held: likewise, to score on.
+      start: weights [K, D] and bias [K] that all heads start from.
+      metric: a key of `scores.METRICS`.
+      protocol: see there.
+
+    Returns:
+      The best setting, and all that were tried, by learning rate, then weight decay.
+
+    Raises:
+      InputError: if every setting diverged.
+    """
+    found = {}  # by the places of learning rate and weight decay
+    steps = heads.batches(len(fit[0]), 1, protocol.batch_size, 0).shape[1]
+
+    def evaluate(places):
+        live = []
+        for place in places:
+            rate, decay = place
+            setting = protocol.learning_rates[rate], protocol.weight_decays[decay]
+            if heads.overflows(*setting, protocol.momentum, steps * protocol.epochs):
+                found[place] = Curve(*setting, (), True)
+            elif place not in found:
+                live.append((place, setting))
+        if live:
+            trained, curves = _fit(
+                fit,
+                held,
+                start,
+                [setting for _, setting in live],
+                protocol.epochs,
+                metric,
+                protocol,
+            )
+            finite = trained.finite.all(0)
+            for i, (place, setting) in enumerate(live):
+                curve = tuple(map(float, curves[:, i]))
+                found[place] = Curve(*setting, curve, not bool(finite[i]))
+        return [
+            -1.0 if found[place].diverged else max(found[place].scores)
+            for place in places
+        ]
+
+    best = elevater.search(
+        evaluate,
+        len(protocol.learning_rates),
+        len(protocol.weight_decays),
+        protocol.coarse,
+    )
+    if found[best].diverged:
+        raise InputError(
+            f"a setting of the probe must stay finite: all {len(found)} diverged. Use "
+            "lower learning rates, or look at the scale of the features."
+        )
+    return found[best], tuple(found[place] for place in sorted(found))
+
+
+def _fit(data, on, start, settings, epochs, metric, protocol):
+    """Heads of some settings, and their scores after each epoch [epochs, settings]."""
+    trained = heads.train(
+        *map(jnp.asarray, data),
+        *map(jnp.asarray, on),
+        start,
+        *np.array(settings, np.float64).T,
+        heads.batches(len(data[0]), epochs, protocol.batch_size, protocol.seed + 1),
+        momentum=protocol.momentum,
+        scale=protocol.logit_scale,
+        want_logits=metric in OF_SEVERAL_LABELS or metric == "roc_auc",
+        # Rounds of the search differ in length: one size is one program.
+        group=None if len(settings) == 1 else 2 * len(protocol.learning_rates),
+    )
+    return trained, _curves(trained, on[1], metric, protocol.softmax_scores)
 
 
 def _check_protocol(protocol, metric):
@@ -254,10 +271,6 @@ def _start(start, ways, dim, seed):
             "gave the features."
         )
     return start, np.zeros(ways, np.float32)
-
-
-def _steps(records, protocol):
-    return heads.batches(records, 1, protocol.batch_size, 0).shape[1] * protocol.epochs
 
 
 def _curves(trained, labels, metric, softmax):
