@@ -50,9 +50,9 @@ def _sets():
 
 
 def _start():
-    from unicl_jax.evaluation.probe import _start
+    from unicl_jax.evaluation import heads
 
-    return _start(None, WAYS, DIM, 0)
+    return heads.random_start(WAYS, DIM, 0)
 
 
 class Ours:

@@ -8,7 +8,8 @@ import pytest
 from unicl_jax.data import quickstart
 from unicl_jax.errors import InputError
 from unicl_jax.evaluation import scores
-from unicl_jax.evaluation.few_shot import few_shot, subset
+from unicl_jax.evaluation.elevater import subset
+from unicl_jax.evaluation.few_shot import few_shot
 from unicl_jax.evaluation.probe import Protocol
 
 QUICK = Protocol(

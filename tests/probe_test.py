@@ -174,6 +174,30 @@ def test_split_of_several_labels_counts_what_others_brought():
     assert held.tolist() == [0, 1, 4]
 
 
+def test_split_of_a_part():
+    labels = np.repeat([0, 1], 50)
+    train, held = elevater.split(labels, shots=10, seed=3)
+    assert (len(train), len(held)) == (16, 4)
+    rows = elevater.subset(labels, 10, 3)
+    assert sorted([*train, *held]) == rows.tolist()
+    assert held.tolist() == [*rows[:2], *rows[10:12]]
+
+
+def test_the_sweep_has_a_part_and_the_final_run_all():
+    x, y, tx, ty = fashion()
+    part = QUICK._replace(sweep_shots=10)
+    found = linear_probe(x, y, tx, ty, protocol=part)
+    score = 20 * np.array([s for curve in found.sweep for s in curve.scores])
+    np.testing.assert_allclose(score, np.round(score), atol=1e-9)  # of 20 held out
+    one = part._replace(
+        learning_rates=(found.learning_rate,),
+        weight_decays=(found.weight_decay,),
+        sweep_shots=None,
+    )
+    whole = linear_probe(x, y, tx, ty, protocol=one)
+    np.testing.assert_array_equal(found.scores, whole.scores)
+
+
 def test_split_needs_something_to_train_on():
     with pytest.raises(InputError, match="2 records of each class"):
         elevater.split(np.arange(4))

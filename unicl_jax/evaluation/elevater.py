@@ -1,4 +1,4 @@
-"""ELEVATER's rules of a probe: how it splits, and how it searches.
+"""ELEVATER's rules of a probe: how it draws, splits, and searches.
 
 Source: ELEVATER (Li et al., 2022, arXiv 2204.08790) and its toolkit's code, which is
 what counts where the two differ.
@@ -17,7 +17,9 @@ WEIGHT_DECAYS = tuple(np.logspace(-6, 6, 97).tolist())
 COARSE = 16  # every so many weight decays are tried first
 
 
-def split(labels: np.ndarray, share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
+def split(
+    labels: np.ndarray, share: float = 0.2, shots: int | None = None, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Takes validation records from a training set, the same share of every class.
 
     The first ceil(share n_c) records of each class c, not drawn. Of records with
@@ -27,6 +29,8 @@ def split(labels: np.ndarray, share: float = 0.2) -> tuple[np.ndarray, np.ndarra
     Args:
       labels: [n] integer, or [n, K] of 0 and 1.
       share: in (0, 1).
+      shots: of each class so many records, drawn by `subset`, are split; None: all.
+      seed: of the draw.
 
     Returns:
       The training and the validation records, ascending rows; both have some.
@@ -35,11 +39,13 @@ def split(labels: np.ndarray, share: float = 0.2) -> tuple[np.ndarray, np.ndarra
       InputError: if no record is left to train on.
     """
     labels = np.asarray(labels)
+    rows = np.arange(len(labels)) if shots is None else subset(labels, shots, seed)
+    labels = labels[rows]
     taken = np.zeros(len(labels), bool)
     if labels.ndim == 1:
         for label in np.unique(labels):
-            rows = np.flatnonzero(labels == label)
-            taken[rows[: math.ceil(share * len(rows))]] = True
+            own = np.flatnonzero(labels == label)
+            taken[own[: math.ceil(share * len(own))]] = True
     else:
         wanted = np.ceil(share * labels.sum(0, dtype=np.int64))
         for label in range(labels.shape[1]):
@@ -56,7 +62,50 @@ def split(labels: np.ndarray, share: float = 0.2) -> tuple[np.ndarray, np.ndarra
             f"got {len(train)} and {len(held)} of {len(labels)} records. Use at least "
             "2 records of each class, or a validation set of its own."
         )
-    return train, held
+    return rows[train], rows[held]
+
+
+def subset(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
+    """Draws records of each class, without replacement.
+
+    Of records with several labels: class after class, those that the class needs
+    beyond what the classes before it brought.
+
+    Args:
+      labels: [n] integer, or [n, K] of 0 and 1.
+      shots: how many of each class, at least 1; all of a class that has fewer.
+      seed: of the draw. With the same seed, more shots have all records of fewer, where
+        a record has one label.
+
+    Returns:
+      Ascending rows.
+
+    Raises:
+      InputError: if shots is less than 1.
+    """
+    if shots < 1:
+        raise InputError(f"shots must be at least 1 record a class: got {shots}.")
+    labels = np.asarray(labels)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    if labels.ndim == 1:
+        shuffled = labels[order]
+        # A record's place among those of its class, in the order drawn.
+        by_class = np.argsort(shuffled, kind="stable")
+        _, first, count = np.unique(
+            shuffled[by_class], return_index=True, return_counts=True
+        )
+        place = np.arange(len(labels)) - np.repeat(first, count)
+        return np.sort(order[by_class[place < shots]])
+    taken = np.zeros(len(labels), bool)
+    have = np.zeros(labels.shape[1], np.int64)
+    for label in range(labels.shape[1]):
+        for row in order[labels[order, label] > 0]:
+            if have[label] >= shots:
+                break
+            if not taken[row]:
+                taken[row] = True
+                have += labels[row].astype(np.int64)
+    return np.flatnonzero(taken)
 
 
 def search(

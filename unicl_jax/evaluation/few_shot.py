@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unicl_jax.errors import InputError
+from unicl_jax.evaluation import elevater
 from unicl_jax.evaluation.checks import checked, num_classes
 from unicl_jax.evaluation.probe import Probe, Protocol, linear_probe
 from unicl_jax.evaluation.scores import OF_SEVERAL_LABELS, Interval, interval
@@ -23,49 +24,6 @@ class FewShot(NamedTuple):
     selected: Interval  # of the probes' `selected`, over the seeds
     best_test_epoch: Interval  # test-set selection, as the probes'
     probes: tuple[Probe, ...]
-
-
-def subset(labels: np.ndarray, shots: int, seed: int) -> np.ndarray:
-    """Draws records of each class, without replacement.
-
-    Of records with several labels: class after class, those that the class needs
-    beyond what the classes before it brought.
-
-    Args:
-      labels: [n] integer, or [n, K] of 0 and 1.
-      shots: how many of each class, at least 1; all of a class that has fewer.
-      seed: of the draw. With the same seed, more shots have all records of fewer, where
-        a record has one label.
-
-    Returns:
-      Ascending rows.
-
-    Raises:
-      InputError: if shots is less than 1.
-    """
-    if shots < 1:
-        raise InputError(f"shots must be at least 1 record a class: got {shots}.")
-    labels = np.asarray(labels)
-    order = np.random.default_rng(seed).permutation(len(labels))
-    if labels.ndim == 1:
-        shuffled = labels[order]
-        # A record's place among those of its class, in the order drawn.
-        by_class = np.argsort(shuffled, kind="stable")
-        _, first, count = np.unique(
-            shuffled[by_class], return_index=True, return_counts=True
-        )
-        place = np.arange(len(labels)) - np.repeat(first, count)
-        return np.sort(order[by_class[place < shots]])
-    taken = np.zeros(len(labels), bool)
-    have = np.zeros(labels.shape[1], np.int64)
-    for label in range(labels.shape[1]):
-        for row in order[labels[order, label] > 0]:
-            if have[label] >= shots:
-                break
-            if not taken[row]:
-                taken[row] = True
-                have += labels[row].astype(np.int64)
-    return np.flatnonzero(taken)
 
 
 def few_shot(
@@ -120,7 +78,7 @@ def few_shot(
         one = count == 1
         probes, records = [], []
         for seed in seeds:
-            rows = subset(labels, 2 if one else count, seed)
+            rows = elevater.subset(labels, 2 if one else count, seed)
             merge = protocol.merge and not one
             probes.append(
                 linear_probe(

@@ -68,6 +68,13 @@ def batches(
     return order.reshape(epochs, steps, batch_size)
 
 
+def random_start(ways: int, dim: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [ways, dim] and bias [ways], uniform within 1/sqrt(dim), as PyTorch's."""
+    rng, bound = np.random.default_rng(seed), dim**-0.5
+    weights, bias = (rng.uniform(-bound, bound, x) for x in ((ways, dim), ways))
+    return weights.astype(np.float32), bias.astype(np.float32)
+
+
 def overflows(
     learning_rate: float, weight_decay: float, momentum: float, steps: int
 ) -> bool:

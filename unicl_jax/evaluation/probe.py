@@ -4,6 +4,7 @@ Every choice is made on validation records. ELEVATER's own number, the best epoc
 the test set, comes along under that name.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,9 @@ class Protocol(NamedTuple):
     # ELEVATER ranks the records of a class by softmax also where labels are several.
     softmax_scores: bool = True
     merge: bool = True  # whether the final run has the validation records, too
+    # Records of each class that are split for the sweep; None: all. ELEVATER has 10,000
+    # for PatchCamelyon. The final run has all records, if `merge`.
+    sweep_shots: int | None = None
     seed: int = 0  # of the start and the batches, the same for all settings
 
 
@@ -112,6 +116,9 @@ def linear_probe(
         classes,
         several,
         protocol.merge,
+        functools.partial(
+            elevater.split, shots=protocol.sweep_shots, seed=protocol.seed
+        ),
     )
     start = _start(start, ways, fit[0].shape[1], protocol.seed)
     chosen, curves = sweep(fit, held, start, metric, protocol)
@@ -258,11 +265,7 @@ def _check_protocol(protocol, metric):
 def _start(start, ways, dim, seed):
     """The weights and the bias that all heads start from."""
     if start is None:
-        rng, bound = np.random.default_rng(seed), dim**-0.5
-        return (
-            rng.uniform(-bound, bound, (ways, dim)).astype(np.float32),
-            rng.uniform(-bound, bound, ways).astype(np.float32),
-        )
+        return heads.random_start(ways, dim, seed)
     start = np.asarray(start, np.float32)
     if start.shape != (ways, dim) or not np.isfinite(start).all():
         raise InputError(
