@@ -351,6 +351,19 @@ def test_divergence_is_counted_and_never_chosen():
         linear_probe(x, y, tx, ty, protocol=wild._replace(learning_rates=(1e38,)))
 
 
+def test_what_diverges_in_the_final_run_is_left_as_it_was_chosen():
+    x, y, tx, ty = fashion()
+    # Grows by 1.65 a step: 15 steps are fine, 280 are not.
+    growing = QUICK._replace(
+        learning_rates=(0.1,), weight_decays=(40.95,), final_epochs=40
+    )
+    found = linear_probe(x, y, tx, ty, protocol=growing)
+    assert not found.test_finite and found.diverged == 0
+    assert found.test_curve[-1] == 0 and np.isfinite(found.scores).all()
+    assert found.selected == found.best_validation_epoch
+    assert found.selected == pytest.approx((found.scores.argmax(1) == ty).mean())
+
+
 def test_few_records_and_a_class_without_any():
     x, y, tx, ty = fashion()
     two = np.r_[np.flatnonzero(y == 0)[:2], np.flatnonzero(y == 1)[:2]]

@@ -54,16 +54,20 @@ class Probe(NamedTuple):
     weight_decay: float
     validation: float  # of the chosen setting, at its best epoch
     validation_epoch: int  # which epoch that is, from 1
-    selected: float  # on the test set, after the final run's last epoch
+    # On the test set: after the final run's last epoch; if that run diverged, what
+    # best_validation_epoch is.
+    selected: float
     best_validation_epoch: float  # on the test set, trained as it was when chosen
     best_test_epoch: float  # test-set selection: ELEVATER's number, too good
     test_curve: tuple[float, ...]  # of the final run, after each epoch
-    test_finite: bool  # whether the final run stayed finite; if not, it scores 0
+    test_finite: (
+        bool  # whether the final run stayed finite; epochs that did not score 0
+    )
     sweep: tuple[Curve, ...]  # by learning rate, then weight decay
     diverged: int  # of the sweep
-    per_class: np.ndarray | None  # [K] accuracy; None for several labels, or not finite
-    scores: np.ndarray  # [n, K] float32 logits of the test set, last epoch
-    head: heads.Heads  # of the final run
+    per_class: np.ndarray | None  # [K] accuracy; None for several labels
+    scores: np.ndarray  # [n, K] float32 logits of the test set, of `selected`
+    head: heads.Heads  # of `selected`
 
 
 def linear_probe(
@@ -124,31 +128,31 @@ def linear_probe(
     chosen, curves = sweep(fit, held, start, metric, protocol)
     setting = [(chosen.learning_rate, chosen.weight_decay)]
     epoch = int(np.argmax(chosen.scores))
-    _, as_chosen = _fit(fit, test, start, setting, protocol.epochs, metric, protocol)
+    as_chosen, until = _fit(fit, test, start, setting, epoch + 1, metric, protocol)
     final, curve = _fit(
         whole, test, start, setting, protocol.final_epochs, metric, protocol
     )
     curve = curve[:, 0]
-    logits = np.asarray(final.heads(jnp.asarray(test[0]), protocol.logit_scale))[:, 0]
     finite = bool(final.finite.all())
+    # What diverges in many epochs was chosen for what it did in few.
+    head = final.heads if finite else as_chosen.heads
+    logits = np.asarray(head(jnp.asarray(test[0]), protocol.logit_scale))[:, 0]
     return Probe(
         metric=metric,
         learning_rate=chosen.learning_rate,
         weight_decay=chosen.weight_decay,
         validation=chosen.scores[epoch],
         validation_epoch=epoch + 1,
-        selected=float(curve[-1]),
-        best_validation_epoch=float(as_chosen[epoch, 0]),
+        selected=float(curve[-1] if finite else until[-1, 0]),
+        best_validation_epoch=float(until[-1, 0]),
         best_test_epoch=float(curve.max()),
         test_curve=tuple(map(float, curve)),
         test_finite=finite,
         sweep=curves,
         diverged=sum(curve.diverged for curve in curves),
-        per_class=per_class(logits, test[1])
-        if not several and np.isfinite(logits).all()
-        else None,
+        per_class=None if several else per_class(logits, test[1]),
         scores=logits,
-        head=final.heads,
+        head=head,
     )
 
 
