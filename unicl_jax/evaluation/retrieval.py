@@ -127,7 +127,7 @@ def _count(of_images, of_texts, mesh, rows, texts, between):
     (images, best), (captions, true, owners) = of_images, of_texts
     n, m = len(images), len(captions)
     shards = math.prod(mesh.shape[axis] for axis in sharding.batch_axes(mesh))
-    rows, texts = min(rows, -(-n // shards)), min(texts, m)
+    rows, texts = _even(-(-n // shards), rows), _even(m, texts)
     padded = -(-n // (rows * shards)) * rows * shards
     over, whole = sharding.over_batch(mesh), sharding.replicated(mesh)
     # A row of NaN is above and below nothing: padding counts nowhere.
@@ -222,6 +222,12 @@ def _recounted(queries, of_query, best, candidates, of_candidate, between):
             ranks[part] += above.sum(1)
             between()
     return ranks
+
+
+def _even(count, most):
+    """The size of as few parts as there must be, of which the last is as full."""
+    parts = -(-count // most)
+    return -(-count // parts)
 
 
 def _put(arrays, to):
