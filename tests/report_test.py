@@ -149,7 +149,7 @@ def write_out(out, score=0.8, names=EVIL, suite="offline", step=6):
         "zero_shot": dict(
             score=score,
             interval=0.012,
-            metrics=dict(top1=score, top5=0.95),
+            metrics=dict(accuracy=score, top1=score, top5=0.95),
             templates=["a {}.", EVIL[1]],
             class_names=list(names),
             per_class=accuracy,
@@ -170,6 +170,7 @@ def write_out(out, score=0.8, names=EVIL, suite="offline", step=6):
     to_text = dict(image=index[0], rank=4, texts=found, right=[EVIL[3]])
     to_image = dict(text=EVIL[0], rank=9, images=seen, right=[index[6]])
     rates = {"image_to_text_r1": 0.25, "text_to_image_r5": 0.5}
+    rates["image_to_text_median_rank"] = 917.0
     examples = dict(image_to_text=[to_text], text_to_image=[to_image])
     retrieval = dict(score=0.25, metrics=rates, examples=examples)
     write_arrays(out / "tasks" / "r")
@@ -284,6 +285,20 @@ def test_the_best_score_is_marked_and_missing_data_is_said(two):
         "image to text R@1",
         "text to image R@5",
     ]
+
+
+def test_a_rank_is_no_percentage(two):
+    page, table, _, _ = two
+    assert "917" in page.text and "91700.0" not in page.said + table
+
+
+def test_a_setting_that_was_given_is_not_called_chosen(two):
+    _, _, _, paths = two
+    run = read_runs(paths)[0]
+    knn = run.results[0].tasks["t"].protocols["knn"]
+    assert "chosen on validation data: k 5" in Page(probe([(0, run, knn)])).said
+    knn.details.pop("curves")
+    assert ": k 5; test 60.0" in Page(probe([(0, run, knn)])).said
 
 
 def test_a_mean_is_over_the_tasks_that_all_runs_have():

@@ -43,7 +43,7 @@ def confusions(task: Task, protocol: Protocol, limit: int = PAIRS) -> Html | Non
     items = []
     for true, predicted, count, share in pairs[:limit]:
         names = [class_name(task, k) for k in (true, predicted)]
-        of = f" ({percent(share)} % of the first)" if share is not None else ""
+        of = f", {percent(share)} % of its images" if share is not None else ""
         parts = [
             pictures.show(i, f"{names[0]}, taken for {names[1]}", False)
             for i in _of(shown, true, predicted)[:OF_A_PAIR]

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from unicl_jax.reporting.markup import Html, el, markdown, name_of
-from unicl_jax.reporting.results import METRICS, PROTOCOLS, Protocol, Task, number
+from unicl_jax.reporting.results import (
+    METRICS,
+    PROTOCOLS,
+    Protocol,
+    Task,
+    in_known_order,
+    is_rank,
+    metrics_of,
+    number,
+)
 from unicl_jax.reporting.runs import Run
 from unicl_jax.reporting.training import evaluated
 
@@ -53,8 +62,7 @@ class Board:
     @property
     def title(self) -> str:
         """For people."""
-        name = PROTOCOLS.get(self.protocol, self.protocol.replace("_", " "))
-        return name[:1].upper() + name[1:]
+        return protocol_title(self.protocol)
 
     def means(self) -> tuple[int, list[float | None]]:
         """The mean score of each run over the tasks that all of them have.
@@ -107,6 +115,12 @@ def boards(runs: Sequence[Run]) -> list[Board]:
     return found
 
 
+def protocol_title(protocol: str) -> str:
+    """A protocol's name, as a heading says it."""
+    name = PROTOCOLS.get(protocol, protocol.replace("_", " "))
+    return name if name.startswith("k-") else name[:1].upper() + name[1:]
+
+
 def suites(runs: Sequence[Run]) -> list[str]:
     """The suites that runs were evaluated on, in order of appearance."""
     return list(dict.fromkeys(r.suite for run in runs for r in run.results))
@@ -125,32 +139,31 @@ def tasks_of(runs: Sequence[Run], suite: str) -> list[list[Task | None]]:
 def board_html(board: Board, runs: Sequence[Run]) -> Html:
     """A board as a table that scrolls in its own box."""
     heads = [el("th", name_of(run.name, 40), scope="col", class_="n") for run in runs]
+    chances = any(row.chance is not None for row in board.rows)
     head = el(
         "tr",
         el("th", "task", scope="col"),
-        el("th", "metric", scope="col"),
-        el("th", "classes", scope="col", class_="n"),
-        el("th", "chance", scope="col", class_="n"),
+        el("th", "chance", scope="col", class_="n") if chances else None,
         heads,
     )
-    body = []
+    body, group = [], None
     for row in board.rows:
         cells = [_cell(cell, row.is_best(i)) for i, cell in enumerate(row.cells)]
-        body.append(
-            el(
-                "tr",
-                el("th", name_of(row.title, 80), scope="row"),
-                el("td", row.metric),
-                el("td", f"{row.classes:,}" if row.classes else "", class_="n"),
-                el("td", percent(row.chance, 2), class_="n"),
-                cells,
-            )
-        )
+        of = f" of {row.classes:,}" if row.classes else ""
+        name = [name_of(row.title, 80), el("small", f" {row.metric}{of}")]
+        if board.protocol == "retrieval":  # several rows are of one task
+            if row.title != group:
+                group, across = row.title, 1 + chances + len(row.cells)
+                head_of = el("th", name_of(group, 80), scope="rowgroup", colspan=across)
+                body.append(el("tr", head_of, class_="group"))
+            name = row.metric
+        chance = el("td", percent(row.chance, 2), class_="n") if chances else None
+        body.append(el("tr", el("th", name, scope="row"), chance, cells))
     count, means = board.means()
     if count > 1 and board.protocol != "retrieval":
         cells = [el("td", percent(m) or "\u2014", class_="n") for m in means]
         title = f"mean of {count} tasks"
-        blank = [el("td"), el("td"), el("td")]
+        blank = el("td") if chances else None
         body.append(el("tr", el("th", title, scope="row"), blank, cells, class_="mean"))
     notes = [el("p", note, class_="note") for note in board.notes]
     if not body:
@@ -206,12 +219,8 @@ def _rows(task: Sequence[Task | None], protocol: str) -> Iterator[Row]:
         classes = next((t.classes for t in task if t and t.classes), None)
         yield Row(one.title, metric, classes, one.chance, cells)
         return
-    values = [_numbers(p) for p in done]
-    known = list(METRICS)
-    keys = sorted(
-        {k for v in values for k in v},
-        key=lambda k: (known.index(k) if k in known else len(known), k),
-    )
+    values = [metrics_of(p.details) if p else {} for p in done]
+    keys = [k for k in in_known_order(k for v in values for k in v) if not is_rank(k)]
     if not keys:
         cells = [_of(t, p, protocol) for t, p in zip(task, done, strict=True)]
         yield Row(one.title, "", None, None, cells)
@@ -221,12 +230,6 @@ def _rows(task: Sequence[Task | None], protocol: str) -> Iterator[Row]:
             for t, p, v in zip(task, done, values, strict=True)
         ]
         yield Row(one.title, METRICS.get(key, key), None, None, cells)
-
-
-def _numbers(protocol):
-    given = protocol.details.get("metrics") if protocol else None
-    given = given if isinstance(given, dict) else {}
-    return {k: number(v) for k, v in given.items() if number(v) is not None}
 
 
 def _of(task: Task | None, protocol: Protocol | None, name: str) -> Cell:

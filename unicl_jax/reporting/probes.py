@@ -88,7 +88,8 @@ def _chosen(protocol):
     told = ", ".join(
         f"{SYMBOLS.get(k, k.replace('_', ' '))} {_value(v)}" for k, v in setting.items()
     )
-    yield f"chosen on validation data: {told}" if told else "the setting is not known"
+    how = "chosen on validation data: " if objects(details.get("curves")) else ""
+    yield f"{how}{told}" if told else "the setting is not known"
     selected = number(details.get("selected"))
     if selected is None:
         selected = protocol.score
@@ -151,7 +152,7 @@ def _sweep(run, protocol):
         style = _ramp(i, len(lines))
         at, heights = [x(a) for a, _ in points], [y(v) for _, v in points]
         parts.append(svg.line(at, heights, **style))
-        parts.append(svg.dots(at, heights, 3.5, **style))
+        parts.append(svg.dots(at, heights, 3.5, class_=style["class_"]))
         if other is not None:
             sample = svg.line((1, 25), (6, 6), **style)
             drawn = el("svg", sample, viewbox="0 0 26 12", aria_hidden="true")

@@ -4,7 +4,7 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ METRICS = {
         for a, b in (("image", "text"), ("text", "image"))
         for k in (1, 5, 10)
     },
+    "image_to_text_median_rank": "image to text, median rank",
+    "text_to_image_median_rank": "text to image, median rank",
 }
 
 
@@ -187,6 +189,25 @@ def whole(value: Any) -> int | None:
     """A whole number, or None."""
     value = number(value)
     return None if value is None else int(value)
+
+
+def metrics_of(details: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a protocol that are numbers; of two names of one, one."""
+    given = {k: number(v) for k, v in mapping(details.get("metrics")).items()}
+    if given.get("top1") is not None:
+        given.pop("accuracy", None)
+    return {str(k): v for k, v in given.items() if v is not None}
+
+
+def in_known_order(keys: Iterable[str]) -> list[str]:
+    """Names of metrics, the known ones first."""
+    known = {key: i for i, key in enumerate(METRICS)}
+    return sorted(set(keys), key=lambda key: (known.get(key, len(known)), key))
+
+
+def is_rank(metric: str) -> bool:
+    """Whether a metric is no fraction, and better if smaller."""
+    return metric.endswith("_rank")
 
 
 def text(value: Any) -> str | None:

@@ -72,13 +72,11 @@ class Axis:
         step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= raw * 0.999)
         first, last = math.ceil(self._low / step - 1e-9), self._high / step + 1e-9
         values = [i * step for i in range(first, math.floor(last) + 1)]
-        return [(self(v), self.text(v, step)) for v in values]
+        return [(self(v), self._said(v)) for v in values]
 
-    def text(self, value: float, step: float | None = None) -> str:
-        """A value as its ticks say it."""
+    def _said(self, value):
         if self._percent:
-            digits = 0 if step is None or step >= 0.01 else 1
-            return f"{100 * value:.{digits}f}"
+            return f"{100 * value:.6g}"
         return short_number(value)
 
     def _log_ticks(self, count):

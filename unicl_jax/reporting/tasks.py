@@ -3,14 +3,15 @@
 from collections.abc import Callable, Sequence
 
 from unicl_jax.reporting import examples, maps, probes
-from unicl_jax.reporting.headline import percent
+from unicl_jax.reporting.headline import percent, protocol_title
 from unicl_jax.reporting.markup import Html, el, join, name_of
 from unicl_jax.reporting.results import (
     METRICS,
     Protocol,
     Task,
-    mapping,
-    number,
+    in_known_order,
+    is_rank,
+    metrics_of,
     numbers,
     objects,
     whole,
@@ -64,9 +65,7 @@ def task_section(
     main = next((name for name in ("zero_shot", *PROBES) if name in used), "")
     for name in used:
         done = [(i, r, t.protocols[name]) for i, r, t in there if name in t.protocols]
-        title = done[0][2].title
-        title = title[:1].upper() + title[1:]
-        parts.append(el("h4", title))
+        parts.append(el("h4", protocol_title(name)))
         for _, run, p in done:
             if p.problem:
                 parts.append(
@@ -97,12 +96,8 @@ def task_section(
 
 def metrics_table(done: Sequence[tuple[int, Run, Protocol]]) -> Html | None:
     """The numbers of a protocol, a row each, a column a run; None if there are none."""
-    values = [mapping(p.details.get("metrics")) for *_, p in done]
-    known = list(METRICS)
-    keys = sorted(
-        {k for v in values for k in v if number(v[k]) is not None},
-        key=lambda k: (known.index(k) if k in known else len(known), k),
-    )
+    values = [metrics_of(p.details) for *_, p in done]
+    keys = in_known_order(k for v in values for k in v)
     if not keys:
         return None
     heads = [el("th", name_of(r.name, 40), scope="col", class_="n") for _, r, _ in done]
@@ -110,7 +105,7 @@ def metrics_table(done: Sequence[tuple[int, Run, Protocol]]) -> Html | None:
         el(
             "tr",
             el("th", METRICS.get(key, key), scope="row"),
-            [el("td", percent(number(v.get(key))), class_="n") for v in values],
+            [el("td", _value(key, v.get(key)), class_="n") for v in values],
         )
         for key in keys
     ]
@@ -161,9 +156,15 @@ def per_class(there: Sequence[tuple[int, Run, Task]], protocol: str) -> Html | N
     return el("table", caption, el("tbody", *rows), class_="bars")
 
 
+def _value(key, value):
+    if value is not None and is_rank(key):
+        return f"{value:,.0f}"
+    return percent(value)
+
+
 def _about(task):
     records = [
-        f"{k} {whole(v):,}" for k, v in task.records.items() if whole(v) is not None
+        f"{whole(v):,} {k}" for k, v in task.records.items() if whole(v) is not None
     ]
     parts = [f"{task.classes:,} classes" if task.classes else "", ", ".join(records)]
     if task.chance is not None:
