@@ -1,5 +1,6 @@
 """The report: what it says, that no data is markup, what may be missing."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -317,6 +318,15 @@ def test_the_fields_in_which_runs_differ_are_found(two):
     runs = read_runs(paths)
     assert differing(runs) == {"optimizer.learning_rate": [0.1, 0.2]}
     assert "optimizer.learning_rate" in page.said
+
+
+def test_a_field_that_is_newer_than_a_run_had_its_default(two, tmp_path):
+    _, _, _, paths = two
+    run = read_runs(paths)[0]
+    newer = dataclasses.replace(run, config=run.config | {"micro_batches": 1})
+    assert differing([run, newer]) == {}
+    newer.config["micro_batches"] = 4
+    assert differing([run, newer]) == {"micro_batches": [1, 4]}
 
 
 def test_a_probe_shows_its_choice_and_labels_the_best_test_epoch(two):

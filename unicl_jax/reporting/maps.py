@@ -11,7 +11,7 @@ from unicl_jax.reporting.markup import Html, el, join, name_of
 from unicl_jax.reporting.results import Task, read_arrays
 
 POINTS = 800  # images of a map; more take long and are not seen apart
-SHOWN = 8  # classes with colours of their own
+SHOWN = 10  # classes with colours of their own
 FEW = 3  # records of a class: with fewer, colours say what was right instead
 SIDE = 300  # pixels of the map
 

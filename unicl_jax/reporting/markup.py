@@ -5,7 +5,7 @@ import re
 import unicodedata
 from typing import Any
 
-VOID = frozenset({"br", "circle", "img", "line", "meta", "path", "rect"})
+VOID = frozenset({"br", "circle", "img", "line", "meta", "path", "rect", "wbr"})
 # What neither HTML nor UTF-8 can hold, and what turns the text around it over.
 _UNSAID = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u202a-\u202e\u2066-\u2069]"

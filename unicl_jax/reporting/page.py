@@ -1,17 +1,27 @@
 """The page, and the Markdown beside it."""
 
 import datetime
+import re
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
 import unicl_jax
 from unicl_jax.reporting import headline, maps, paper
-from unicl_jax.reporting.markup import Html, clean, el, join, markdown, name_of, slug
+from unicl_jax.reporting.markup import (
+    Html,
+    clean,
+    el,
+    join,
+    markdown,
+    name_of,
+    shorten,
+    slug,
+)
 from unicl_jax.reporting.results import number, text
 from unicl_jax.reporting.runs import Run, differing
 from unicl_jax.reporting.tasks import task_section
-from unicl_jax.reporting.training import training
+from unicl_jax.reporting.training import legend, training
 
 OPEN = 8  # with more tasks than these, they are folded
 PICTURES = 500  # of confused pairs, over the whole page
@@ -162,7 +172,7 @@ def _table(heads, rows, said):
     for key, values in rows:
         if any(v not in (None, "") for v in values):
             cells = [el("td", _value(v)) for v in values]
-            body.append(el("tr", el("th", name_of(key, 80), scope="row"), cells))
+            body.append(el("tr", el("th", _field(key), scope="row"), cells))
     head = el("thead", el("tr", el("th", el("span", "field", class_="unseen")), heads))
     table = el("table", head, el("tbody", *body), class_="fields")
     return el(
@@ -170,7 +180,15 @@ def _table(heads, rows, said):
     )
 
 
+def _field(key):
+    """A field's name, which may be broken behind its dots and underscores."""
+    parts = re.split(r"(?<=[._])", shorten(key, 80))
+    return el("bdi", *[join(el("wbr") if i else None, p) for i, p in enumerate(parts)])
+
+
 def _value(value: Any) -> Html:
+    if value in ((), [], {}):
+        return el("span", "none", class_="none")
     if value is None:
         return el("span", "\u2014", class_="none")
     if isinstance(value, bool):
@@ -227,7 +245,7 @@ def _tasks(runs, points, say):
     ]
     shares = max(1, len(found) * len(runs))
     pairs = max(2, min(8, PICTURES // (5 * shares)))
-    used, parts = set(), []
+    used, parts = set(), [legend(runs)] if len(runs) > 1 else []
     for suite, of_runs in found:
         name = next(t.name for t in of_runs if t)
         id_ = base = f"task-{slug(suite, name)}"
@@ -240,4 +258,4 @@ def _tasks(runs, points, say):
         parts.append(
             task_section(suite, of_runs, runs, id_, is_open, points, pairs, say)
         )
-    return join(*parts) if parts else None
+    return join(*parts) if found else None

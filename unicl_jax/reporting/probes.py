@@ -28,7 +28,7 @@ def probe(done: Done) -> Html:
         el("li", name_of(run.name, 60), ": ", *_chosen(protocol))
         for _, run, protocol in done
     ]
-    figures = [f for _, run, p in done for f in (_sweep(run, p), _epochs(run, p)) if f]
+    figures = [f for f in (*(_sweep(run, p) for _, run, p in done), _epochs(done)) if f]
     box = el("div", *figures, class_="figures") if figures else None
     return join(el("ul", *chosen, class_="plain"), box)
 
@@ -198,18 +198,28 @@ def _mark(chosen: dict[str, Any], axes, rows, x, y):
     return None
 
 
-def _epochs(run, protocol):
-    """The final training: the test score over its epochs."""
-    rows = objects(protocol.details.get("epochs"))
-    found = [(number(r.get("epoch")), number(r.get("test"))) for r in rows]
-    points = sorted((e, t) for e, t in found if None not in (e, t))
-    if len(points) < 2:
+def _epochs(done):
+    """The final trainings: the test score over their epochs."""
+    lines = []
+    for i, run, protocol in done:
+        rows = objects(protocol.details.get("epochs"))
+        found = [(number(r.get("epoch")), number(r.get("test"))) for r in rows]
+        points = sorted((e, t) for e, t in found if None not in (e, t))
+        if len(points) > 1:
+            lines.append((i, run, points))
+    if not lines:
         return None
-    x, y = svg.axes([e for e, _ in points], [t for _, t in points], percent=True)
-    at, heights = [x(e) for e, _ in points], [y(t) for _, t in points]
-    parts = [svg.frame(x, y, "epoch", "test, %"), svg.line(at, heights, class_="c0")]
-    words = f"test score of {run.name} over the epochs of the final training, from "
-    words += f"{percent(points[0][1])} to {percent(points[-1][1])} %"
-    title = join("Final training, ", name_of(run.name, 40))
+    x, y = svg.axes(
+        [e for *_, points in lines for e, _ in points],
+        [t for *_, points in lines for _, t in points],
+        percent=True,
+    )
+    parts, words = [svg.frame(x, y, "epoch", "test, %")], []
+    for i, run, points in lines:
+        at, heights = [x(e) for e, _ in points], [y(t) for _, t in points]
+        parts.append(svg.line(at, heights, **svg.style_of(i)))
+        ends = [percent(points[k][1]) for k in (0, -1)]
+        words.append(f"{run.name} from {ends[0]} to {ends[1]} %")
+    told = "test score over the epochs of the final training: " + "; ".join(words)
     note = "Looked at afterwards: nothing was chosen by it but the best test epoch."
-    return svg.figure(title, svg.svg(words, *parts), note)
+    return svg.figure("Final training", svg.svg(told, *parts), note)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl_jax import metrics
-from unicl_jax.config import flatten
+from unicl_jax.config import default, flatten
 from unicl_jax.errors import InputError
 from unicl_jax.reporting.results import Results, read_results
 
@@ -73,15 +73,18 @@ def differing(runs: Sequence[Run]) -> dict[str, list[Any]]:
       runs: those without a config are passed over.
 
     Returns:
-      For each field its value in every run; None where there is none.
+      For each field its value in every run; None where there is none. A field that is
+      newer than a run had its default's effect there.
     """
-    configs = [run.config for run in runs if run.config]
-    keys = sorted({key for config in configs for key in config})
+    defaults = flatten(default())
+    configs = [defaults | run.config if run.config else {} for run in runs]
+    known = [config for config in configs if config]
+    keys = sorted({key for config in known for key in config})
     missing = object()
     return {
-        key: [run.config.get(key) for run in runs]
+        key: [config.get(key) for config in configs]
         for key in keys
-        if any(c.get(key, missing) != configs[0].get(key, missing) for c in configs)
+        if any(c.get(key, missing) != known[0].get(key, missing) for c in known)
     }
 
 

@@ -139,11 +139,13 @@ def per_class(there: Sequence[tuple[int, Run, Task]], protocol: str) -> Html | N
                     el("div", el("span", "\u2014", class_="none"), class_="bar")
                 )
                 continue
-            width = min(max(100 * value, 0), 100)
-            bars.append(
-                el("div", el("i", style=f"width:{width:.1f}%", class_=f"c{i % 8}"),
-                   el("span", percent(value)), class_="bar", title=run.name)
-            )  # fmt: skip
+            share = min(max(value, 0.0), 1.0)
+            width = f"width:calc((100% - 3em)*{share:.3f})"
+            bar = el("i", style=width, class_=f"c{i % 8}", title=run.name)
+            whose = el("span", f"{run.name}: ", class_="unseen")
+            said = el("span", percent(value))
+            bars.append(el("div", bar, whose if len(found) > 1 else None, said,
+                           class_="bar"))  # fmt: skip
         name = examples.class_name(task, k)
         head = el("th", name_of(name, 60), scope="row")
         rows.append(el("tr", head, el("td", *bars)))
