@@ -282,6 +282,7 @@ def test_the_best_score_is_marked_and_missing_data_is_said(two):
     assert [c.score for c in row.cells] == [0.8, 0.65]
     assert [row.is_best(i) for i in (0, 1)] == [True, False]
     assert row.chance == 1 / CLASSES
+    assert not any(boards["knn"].rows[0].is_best(i) for i in (0, 1))  # both have 60
     assert [r.metric for r in boards["retrieval"].rows] == [
         "image to text R@1",
         "text to image R@5",

@@ -40,10 +40,10 @@ class Row:
     cells: list[Cell]
 
     def is_best(self, i: int) -> bool:
-        """Whether run i's score is the best of several, as printed."""
+        """Whether run i's score is the best of several that differ, as printed."""
         shown = [round(c.score, 3) for c in self.cells if c.score is not None]
         score = self.cells[i].score
-        return len(shown) > 1 and score is not None and round(score, 3) == max(shown)
+        return score is not None and round(score, 3) == max(shown) > min(shown)
 
 
 @dataclass

@@ -6,7 +6,7 @@ from importlib import resources
 from typing import Any
 
 from unicl_jax.reporting.headline import percent
-from unicl_jax.reporting.markup import Html, el, join, name_of
+from unicl_jax.reporting.markup import Html, el, join, name_of, shorten
 from unicl_jax.reporting.runs import Run
 
 SUFFICES = "A mean is compared only if every task of its suite has a score."
@@ -81,22 +81,23 @@ def _zero_shot(task):
 def _table(table, columns, runs, values):
     shown = [k for k in columns if any(k in row for row in table["rows"])]
     titles = [el("th", columns[k]["title"], scope="col", class_="n") for k in shown]
-    head = [el("th", text, scope="col") for text in ("model", "trained on")]
     rows = []
     for run, has in zip(runs, values, strict=True):
         if any(k in has for k in shown):
-            model = run.config.get("model.image.name") or "this run"
             cells = [el("td", percent(has.get(k)), class_="n") for k in shown]
-            name = el("th", name_of(model, 40), scope="row")
-            where = el("td", name_of(run.name, 60))
-            rows.append(el("tr", name, where, cells, el("td", "ours"), class_="ours"))
+            model = run.config.get("model.image.name") or "this run"
+            about = [name_of(run.name, 60), el("small", shorten(model, 40))]
+            name = el("th", about, scope="row")
+            rows.append(el("tr", name, cells, el("td", "ours"), class_="ours"))
     for row in table["rows"]:
         cells = [
             el("td", f"{row[k]:.1f}" if k in row else "", class_="n") for k in shown
         ]
         note = "; ".join(x for x in (row["source"], row.get("note")) if x)
-        name = el("th", row["model"], scope="row")
-        rows.append(el("tr", name, el("td", row["data"]), cells, el("td", note)))
+        about = [name_of(row["data"]), el("small", row["model"])]
+        name = el("th", about, scope="row")
+        rows.append(el("tr", name, cells, el("td", name_of(note))))
+    head = el("th", "trained on", scope="col")
     head = el("tr", head, titles, el("th", "source", scope="col"))
     grid = el("table", el("thead", head), el("tbody", *rows))
     box = el(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from unicl_jax.reporting import svg
-from unicl_jax.reporting.headline import percent
+from unicl_jax.reporting.headline import percent, protocol_title
 from unicl_jax.reporting.markup import Html, el, join, name_of
 from unicl_jax.reporting.results import Protocol, mapping, number, numbers, objects
 from unicl_jax.reporting.runs import Run
@@ -163,7 +163,7 @@ def _sweep(run, protocol):
     words = f"{protocol.title} of {run.name}: validation score over {names[0]}"
     highest = max(rows, key=lambda r: r[2])
     words += f"; the best is {percent(highest[2])} % at {svg.short_number(highest[0])}"
-    title = join(f"{protocol.title}, ", name_of(run.name, 40))
+    title = join(f"{protocol_title(protocol.name)}, ", name_of(run.name, 40))
     legend = el("ul", el("li", f"{names[-1]}:"), *key, class_="legend") if key else None
     drawn = svg.svg(words, *parts)
     return svg.figure(title, join(legend, drawn), count)
