@@ -589,6 +589,7 @@ def test_the_command_writes_both_files_or_says_why_not(tmp_path, capsys):
     run = str(tmp_path / "run")
     for arguments, said in (
         ([str(tmp_path / "nowhere")], "there is no"),
+        (["gs://bucket/run"], "on this machine"),
         ([str(tmp_path / "empty")], "no metrics.jsonl"),
         ([run, "--out=x.pdf"], "must be an HTML file"),
         ([run, f"--out={tmp_path}/no/x.html"], "can be written"),

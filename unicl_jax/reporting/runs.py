@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unicl_jax import metrics
+from unicl_jax import metrics, storage
 from unicl_jax.config import default, flatten
 from unicl_jax.errors import InputError
 from unicl_jax.reporting.results import Results, read_results
@@ -105,6 +105,11 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _folder(given):
+    if storage.is_bucket(given):
+        raise InputError(
+            f'RUN must be a folder on this machine: got "{given}"; copy it (gcloud '
+            "storage rsync --recursive --exclude=checkpoints/), and name the copy."
+        )
     path = Path(given).expanduser()
     if path.name == "results.json" and path.is_file():
         path = path.parent
