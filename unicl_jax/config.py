@@ -52,6 +52,9 @@ def default() -> ConfigDict:
     # `unicl_jax.load` reads, or several, with commas between them.
     c.init_from = placeholder(str)
     c.frozen = ()  # parts of the model that don't learn: names in PARTS
+    # Whether vectors that an objective has for classes start as the embeddings of the
+    # classes' prompts, by the text tower of `init_from`; else they are random.
+    c.classes_from_prompts = False
     c.batch_size = 4096  # global; divisible by the number of devices
     # Parts of a batch that the towers embed one behind another, each in so much less
     # memory; the loss is of all its rows together, the numbers are those of 1.
@@ -142,7 +145,8 @@ def default() -> ConfigDict:
 
     # By name: a source and `templates`; or a suite's `task` and `data_dir`. `protocol`
     # is "zero_shot" unless it says "knn", "linear_probe" (both learn from `train`) or
-    # "retrieval"; see docs/evaluation.md.
+    # "retrieval"; see docs/evaluation.md. With `at_end=True` it is done after the last
+    # step alone, as for a test set that nothing may be chosen on.
     c.evaluations = ConfigDict()
     c.evaluate_every_steps = 1000
     c.checkpoint_every_steps = 1000

@@ -1,6 +1,6 @@
 """Where a run starts from: other runs' models, and weights files of any layout."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,8 @@ from unicl_jax import checkpoint, encoders, objectives, storage
 from unicl_jax.encoders import weights
 from unicl_jax.encoders.weights.resize import SIZES, resized
 from unicl_jax.errors import InputError
+from unicl_jax.evaluation import classifier
+from unicl_jax.evaluation.encoders import Encoders
 from unicl_jax.step import TrainState
 from unicl_jax.workdir import saved_config
 
@@ -52,8 +54,15 @@ def read(config: Mapping[str, Any], model: encoders.TwoTower) -> list[Start]:
     like = jax.eval_shape(model.init, jax.random.key(0))
     sources = [source.strip() for source in (config["init_from"] or "").split(",")]
     starts = [_start(source, config, like) for source in sources if source]
+    taken = {part for start in starts for part in start.parts}
     if starts:
-        _check_frozen(config, {part for start in starts for part in start.parts})
+        _check_frozen(config, taken)
+    if config["classes_from_prompts"] and "text" not in taken:
+        raise InputError(
+            "classes_from_prompts needs a text tower that learnt: "
+            f'"{config["init_from"]}" has none; name another source in init_from, or '
+            "start classes at random: --config.classes_from_prompts=False."
+        )
     return starts
 
 
@@ -75,21 +84,52 @@ def apply(start: Start, state: TrainState) -> tuple[TrainState, str]:
         state, step = checkpoint.load_towers(start.source, state, start.parts)
         return state, f"{', '.join(start.parts)} from step {step} of {start.source}"
 
-    def put(array, like):
-        # By parts: on several processes no device has to hold what it does not own.
-        array = np.asarray(array, like.dtype)
-        return jax.make_array_from_callback(
-            like.shape, like.sharding, lambda index: array[index]
-        )
-
     def replaced(trees, new):
         old = {name: trees[name] for name in new}
-        return {**trees, **jax.tree.map(put, new, old)}
+        return {**trees, **jax.tree.map(_put, new, old)}
 
     params = replaced(state.params, start.params)
     model_state = replaced(state.model_state, start.state)
     state = state._replace(params=params, model_state=model_state)
     return state, f"{', '.join(start.parts)} from {start.source}"
+
+
+def classes_from_prompts(
+    state: TrainState,
+    names: Sequence[str],
+    templates: Sequence[str],
+    tokenize: Callable[[Sequence[str]], np.ndarray],
+    encoders: Encoders,
+) -> tuple[TrainState, str]:
+    """Starts an objective's vectors for concepts as their prompts' embeddings.
+
+    Args:
+      state: whose objective is one of `objectives.BY_VECTORS`.
+      names: of the concepts.
+      templates: of the prompts.
+      tokenize: texts -> [n, L] int32.
+      encoders: of the model.
+
+    Returns:
+      The state, and a line that says so.
+    """
+    vectors = classifier.class_embeddings(
+        *(encoders.text, state.params, state.model_state),
+        classifier.make_prompts(names, templates, tokenize),
+        *(encoders.mesh, encoders.text_tower),
+    )
+    own = state.params["objective"]
+    own = {**own, "label_embedding": _put(vectors, own["label_embedding"])}
+    state = state._replace(params={**state.params, "objective": own})
+    return state, f"{len(names)} classes from {len(templates)} prompts each"
+
+
+def _put(array, like):
+    # By parts: on several processes no device has to hold what it does not own.
+    array = np.asarray(array, like.dtype)
+    return jax.make_array_from_callback(
+        like.shape, like.sharding, lambda index: array[index]
+    )
 
 
 def _check_frozen(config, taken):
@@ -111,14 +151,18 @@ def _start(source, config, like):
         return _of_weights(source, config, like)
     checkpoint.check_has_saved(source)
     theirs = saved_config(source)
-    parts = objectives.taught_by_both(config["objective"], theirs.get("objective"))
+    parts = objectives.taught_by_both(
+        config["objective"], theirs.get("objective"), config["classes_from_prompts"]
+    )
     _check_options(source, theirs.get("model", {}), config["model"], parts)
     return Start(source, parts)
 
 
 def _of_weights(source, config, like):
     (found, told), here = weights.read_and_told(source), config["model"]
-    taught = objectives.taught_by_both(config["objective"], "")
+    taught = objectives.taught_by_both(
+        config["objective"], "", config["classes_from_prompts"]
+    )
     parts = tuple(part for part in taught if part in found.params)
     guessed = {
         f"{tower}.{name}"

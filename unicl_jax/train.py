@@ -124,6 +124,12 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         state, said = init_from.apply(starts.pop(0), state)
         started_from.append(said)
     if is_replaced:
+        if config.classes_from_prompts:
+            state, said = init_from.classes_from_prompts(
+                *(state, concepts.names, data.load_templates(config.data.templates)),
+                *(tokenize, compiled_encoders),
+            )
+            started_from.append(said)
         state = start_ema(state)
     first_step = int(state.step)
 
@@ -189,6 +195,10 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
         watchdog.at(f"evaluating step {step}", COMPILING)
         for task in tasks:
+            if step < config.total_steps and config.evaluations[task.name].get(
+                "at_end"
+            ):
+                continue
             progress.status(f"evaluating {task.name}")
             scores[task.name] = task(
                 averaged(state), state.model_state, between_batches

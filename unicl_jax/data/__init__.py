@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from unicl_jax.data.arrays import make_npz_source
 from unicl_jax.data.concepts import ConceptTable, make_concept_table
 from unicl_jax.data.iterator import TrainIterator
+from unicl_jax.data.parts import part_of
 from unicl_jax.data.prompts import load_templates
 from unicl_jax.data.quickstart import make_quickstart_source
 from unicl_jax.data.records import Source
@@ -60,8 +61,8 @@ def make_source(
 
     Args:
       name: its name there.
-      config: `format`, a key of FORMATS; `path`; for training `kind`; and what the
-        format takes.
+      config: `format`, a key of FORMATS; `path`; for training `kind`; `part`, as
+        `parts.part_of` takes it; and what the format takes.
       image_size: pixels, square.
       train: random crops, or the fixed one of evaluation.
 
@@ -72,7 +73,11 @@ def make_source(
       InputError: if the format is unknown, or the data is missing or does not fit.
     """
     make = choose(FORMATS, config["format"], f'source "{name}": format')
-    return make(name, config, image_size, train)
+    if not (part := config.get("part")):
+        return make(name, config, image_size, train)
+    if config["format"] == "quickstart":  # whose sets for evaluation are others
+        config, train = {**config, "kind": "image_label"}, True
+    return part_of(make(name, config, image_size, train), part)
 
 
 def make_train_iterator(

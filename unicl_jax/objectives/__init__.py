@@ -58,6 +58,9 @@ OBJECTIVES = {
         labels_only=True,
         unused=(*_TEXT, "image_projection", "logit_scale"),
     ),
+    "cosine_cross_entropy": _Entry(
+        classes.cosine_cross_entropy, labels_only=True, unused=_TEXT
+    ),
     "multitask": _Entry(  # Table 6
         classes.multitask, unmixed="has no task for half a class and half a caption"
     ),
@@ -105,7 +108,11 @@ def make_objective(
     return entry.make(over, model, num_concepts)._replace(unused=entry.unused)
 
 
-def taught_by_both(name: str, other: str) -> tuple[str, ...]:
+# Whose own parameters hold a vector for each concept, in the space of texts.
+BY_VECTORS = ("linear_text", "cosine_cross_entropy")
+
+
+def taught_by_both(name: str, other: str, with_texts: bool = False) -> tuple[str, ...]:
     """What a run may take over from another: parts of the model that both teach.
 
     A text tower that SupCon never looked at, or its temperature, is nothing learnt.
@@ -113,11 +120,12 @@ def taught_by_both(name: str, other: str) -> tuple[str, ...]:
     Args:
       name: a key of OBJECTIVES.
       other: the other run's; if it is not known, it is taken to teach all.
+      with_texts: whether this run embeds prompts, although it teaches no texts.
 
     Returns:
       Names of `config.PARTS`.
     """
-    unused = {*OBJECTIVES[name].unused}
+    unused = {*OBJECTIVES[name].unused} - {*(_TEXT if with_texts else ())}
     if other in OBJECTIVES:
         unused |= {*OBJECTIVES[other].unused}
     return tuple(part for part in PARTS if part not in unused)
@@ -148,6 +156,11 @@ def check(config: Mapping) -> None:
         raise InputError(
             f'objective "{name}" takes {many}{entry.least_views} views of an image: '
             f"views is {count}; set it to {entry.least_views}."
+        )
+    if config["classes_from_prompts"] and name not in BY_VECTORS:
+        raise InputError(
+            "classes_from_prompts is for objectives with a vector for each class "
+            f'({", ".join(BY_VECTORS)}): objective is "{name}"; choose one of those.'
         )
     mix = config.get("mix")
     if entry.unmixed and mix is not None and is_on(mix):

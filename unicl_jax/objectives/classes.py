@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from unicl_jax import losses
+from unicl_jax.encoders import unit
 from unicl_jax.objectives.objective import Objective
 
 
@@ -36,6 +37,41 @@ def cross_entropy(over, model, num_concepts):
     def concepts(params):
         own = params["objective"]
         return jnp.concatenate([own["class_weights"].T, own["class_bias"][:, None]], 1)
+
+    return Objective(loss, init, encode_image, concepts)
+
+
+def cosine_cross_entropy(over, model, num_concepts):
+    """Cross-entropy whose classifier is a unit vector for each concept, s their scale.
+
+    Started at the concepts' prompts' embeddings it is the zero-shot classifier, from
+    which it then learns (WiSE-FT, arXiv 2109.01903, section 3).
+    """
+    del over  # rows don't meet
+
+    def init(key, params):
+        width = params["image_projection"].shape[1]
+        draw = jax.nn.initializers.truncated_normal(0.02)
+        return {"label_embedding": draw(key, (num_concepts, width))}
+
+    def loss(forward):
+        v = unit(forward.own["label_embedding"])
+        logits = losses.pair_logits(forward.image(), v, forward.logit_scale())
+        labels, mixture = forward.labels, forward.mixture
+        rows = losses.cross_entropy_loss(logits, labels)
+        heavier = labels
+        if mixture is not None:
+            other = labels[mixture.partner]
+            heavier = jnp.where(mixture.share >= 0.5, labels, other)
+            others = losses.cross_entropy_loss(logits, other)
+            rows = mixture.share * rows + (1 - mixture.share) * others
+        return rows, {"train_top1": (logits.argmax(1) == heavier).mean()}
+
+    def encode_image(params, state, images):
+        return model.encode_image(params, state, images)[0]
+
+    def concepts(params):
+        return unit(params["objective"]["label_embedding"])
 
     return Objective(loss, init, encode_image, concepts)
 
