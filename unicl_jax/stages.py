@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from unicl_jax import objectives, train, validation
+from unicl_jax import objectives, storage, train, validation
 from unicl_jax.errors import InputError
 from unicl_jax.workdir import has_saved, prepare_workdir, saved_config, saved_steps
 
@@ -50,12 +50,13 @@ def run(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     todo = stages(config)
     if len(todo) == 1:
         return train.run(config, workdir)
-    if (Path(workdir) / "config.json").is_file():
+    folder = storage.path(workdir)
+    if "config.json" in storage.names(folder):
         raise InputError(
             f"--workdir must be new, or of this recipe's {len(todo)} stages: "
             f'"{workdir}" holds a run of one; name another directory.'
         )
-    places = [Path(workdir) / f"stage_{i}" for i in range(1, len(todo) + 1)]
+    places = [folder / f"stage_{i}" for i in range(1, len(todo) + 1)]
     for before, stage, place in zip([None, *places], todo, places, strict=False):
         if before is not None:
             _start_from(before, stage, place)

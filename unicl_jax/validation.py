@@ -417,11 +417,10 @@ _OF_FILES = ("class_names", *_OF_IMAGES)
 _OF_SHARDS = (*_OF_FILES, "fields", "label_offset", "index_cache", "in_blocks")
 # What a source or an evaluation may say, by format; see docs/data.md.
 SOURCE_FIELDS = {
-<<<<<<< HEAD
-    "all": ("format", "path", "kind", "weight", "templates", "protocol", "train"),
-=======
-    "all": ("format", "path", "kind", "weight", "templates", "part", "at_end"),
->>>>>>> 627f25e (Fine-tuning: a cosine classifier from prompts, a part of a source for validation, a test set measured once)
+    "all": (
+        *("format", "path", "kind", "weight", "templates", "part"),
+        *("protocol", "train", "at_end"),
+    ),
     "quickstart": (),
     "npz": ("class_names",),
     "tfrecord": _OF_SHARDS,
