@@ -1,5 +1,6 @@
 """Protocols that learn from a task's training set, on features that stay."""
 
+from unicl_jax.evaluation import few_shot as few
 from unicl_jax.evaluation import knn as nearest
 from unicl_jax.evaluation import logistic, probe
 from unicl_jax.evaluation.context import Context, Outcome
@@ -107,3 +108,59 @@ def logistic_probe(context: Context) -> Outcome:
     }
     said = "" if found.converged else "the final fit did not reach its tolerance"
     return outcome._replace(score=found.selected, details=details, said=said)
+
+
+def few_shot(context: Context) -> Outcome:
+    """Linear probes on a few images of each class, drawn anew for each seed."""
+    data, test = context.training(), context.features("test")
+    task, options = context.task, context.options
+    start = None
+    if options.text_head and context.embedder.has_texts:
+        start = context.classes()
+    steps, count = iter(range(1, 10**6)), len(options.shots) * len(options.seeds)
+    context.progress.start(f"{task.name}: few-shot")
+    found = few.few_shot(
+        data.image,
+        data.label,
+        test.image,
+        test.label,
+        shots=options.shots,
+        seeds=options.seeds,
+        classes=task.num_classes,
+        metric=task.metric,
+        start=start,
+        done=lambda shots, seed: context.progress.done(next(steps), count),
+    )
+    rows = [
+        {
+            "shots": each.shots,
+            "mean": each.selected.mean,
+            "interval": each.selected.half_width,
+            "seeds": [one.selected for one in each.probes],
+            "best_test_epoch": each.best_test_epoch.mean,
+            "records": list(each.records),
+            "classes_short": each.classes_short,
+        }
+        for each in found
+    ]
+    last = rows[-1]
+    short = [
+        f"{row['classes_short']} at {row['shots']}"
+        for row in rows
+        if row["classes_short"]
+    ]
+    said = (
+        ", ".join(f"{row['shots']} shots {100 * row['mean']:.1f}" for row in rows)
+        + f" over {len(options.seeds)} seeds"
+    )
+    if short:
+        said += f"; classes with fewer images: {', '.join(short)}"
+    return Outcome(
+        last["mean"],
+        {f"shots_{row['shots']}": row["mean"] for row in rows},
+        len(test.label),
+        {"few_shot": rows, "head_init": "random" if start is None else "text"},
+        interval=last["interval"],
+        intervals={f"shots_{row['shots']}": row["interval"] for row in rows},
+        said=said,
+    )

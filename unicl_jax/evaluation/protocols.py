@@ -104,5 +104,12 @@ PROTOCOLS = {
         kinds=("classification", "multi_label"),
         is_slow=True,
     ),
+    "few_shot": Protocol(
+        learned.few_shot,
+        learns=True,
+        kinds=("classification", "multi_label"),
+        options=("text_head", "shots", "seeds"),
+        is_slow=True,
+    ),
     "retrieval": Protocol(recall, learns=False, kinds=("retrieval",), needs_texts=True),
 }

@@ -134,9 +134,11 @@ def _of_one(results, protocol):
     columns = {}  # header -> its metrics, whose values stand with "/" between them
     for found in done.values():
         for metric in found["metrics"]:
-            way, is_recall, k = metric.rpartition("_r")
-            if is_recall and k.isdigit():
-                columns.setdefault(f"{way.replace('_', ' ')} R@", {})[metric] = k
+            way, _, k = metric.rpartition("_")
+            number = k.removeprefix("r")
+            if number.isdigit():
+                header = way.replace("_", " ") + (" R@" if k != number else " ")
+                columns.setdefault(header, {})[metric] = number
             elif metric in _SHORT:
                 columns.setdefault(f"{_SHORT[metric]} %", {})[metric] = ""
     table = Table()
@@ -153,7 +155,11 @@ def _of_one(results, protocol):
         ]
         if labelled:
             ways = results["tasks"][name].get("classes") or 0
-            chance = f"{100 / ways:.2f}" if "top1" in values else ""
+            by_chance = results["tasks"][name]["metric"] in (
+                "accuracy",
+                "mean_per_class",
+            )
+            chance = f"{100 / ways:.2f}" if ways and by_chance else ""
             cells = [f"{ways:,}", *cells, chance]
         table.add_row(name, *cells)
     return table
