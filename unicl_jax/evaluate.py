@@ -233,7 +233,7 @@ class _progress:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+                TextColumn("{task.fields[at]}"),
                 console=self._console,
                 transient=True,
             )
@@ -250,11 +250,12 @@ class _progress:
             return
         if self._job is not None:
             self._bar.remove_task(self._job)
-        self._job = self._bar.add_task(what, total=1)
+        self._job = self._bar.add_task(what, total=None, at="")
 
     def _done(self, done, of):
         if self._job is not None:
-            self._bar.update(self._job, completed=done, total=of)
+            at = f"{done:,} of {of:,}" if of else f"{done:,}"
+            self._bar.update(self._job, completed=done, total=of or None, at=at)
 
     def _say(self, line):
         self._console.print(line, highlight=False, markup=False)

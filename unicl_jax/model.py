@@ -199,6 +199,24 @@ class Model:
         out = self._texts(self.params, self.state, jnp.asarray(tokens, jnp.int32))
         return encoders.unit(out) if normalize else out
 
+    @property
+    def text_tower(self) -> dict[str, Any] | None:
+        """Options of the text tower, defaults included; None without one."""
+        return self._text
+
+    def text_features(self, params: Any, state: Any, tokens: Any) -> jax.Array:
+        """Embeds tokens that nothing is checked of, for work on many of them.
+
+        Args:
+          params: `params`, wherever they lie.
+          state: `state`.
+          tokens: [B, L] int32, or `encoders.packing.Packed` texts for a causal tower.
+
+        Returns:
+          [.., D] float32, not of unit norm.
+        """
+        return self._texts(params, state, tokens)
+
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
         """Texts to token ids.
 

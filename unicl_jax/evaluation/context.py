@@ -64,7 +64,7 @@ class Progress(NamedTuple):
 
     Attributes:
       start: called with a few words when something long begins.
-      done: called with how many of its parts are done, of how many.
+      done: called with how many of its parts are done, of how many; 0: who knows.
       say: called with a line that stays.
     """
 
@@ -166,12 +166,12 @@ class Context:
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds texts, [n, D] of unit norm, and says how far it is."""
-        done, distinct = 0, len(set(texts))
+        done = 0
 
-        def between(count):
+        def between():
             nonlocal done
-            done += count
-            self.progress.done(done, distinct)
+            done += 1
+            self.progress.done(done, 0)
 
         return self.embedder.texts(texts, between)
 

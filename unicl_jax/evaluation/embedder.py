@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from unicl_jax import sharding
+from unicl_jax import encoders, sharding
 from unicl_jax.errors import InputError
+from unicl_jax.evaluation.texts import text_features
 from unicl_jax.model import Model
 
 BATCH = 256  # rows at a time, over all devices
@@ -65,13 +66,13 @@ class Embedder:
         )
 
     def texts(
-        self, texts: Sequence[str], between: Callable[[int], None] = lambda done: None
+        self, texts: Sequence[str], between: Callable[[], None] = lambda: None
     ) -> np.ndarray:
         """Embeds texts, each distinct one once.
 
         Args:
           texts: n strings.
-          between: called with the number of texts that a batch has embedded.
+          between: called after every batch.
 
         Returns:
           [n, D] float32, of unit norm.
@@ -79,15 +80,17 @@ class Embedder:
         if not len(texts):
             return np.zeros((0, self.embed_dim), np.float32)
         distinct, back = np.unique(np.asarray(texts, object), return_inverse=True)
-        tokens = self._model.tokenize(distinct.tolist())
-        # Texts of like length share a batch, which is cut behind its longest.
-        order = np.argsort(tokens.argmax(1), kind="stable")
-        found = np.zeros((len(tokens), self.embed_dim), np.float32)
-        for start in range(0, len(order), self._batch):
-            rows = order[start : start + self._batch]
-            found[rows] = self._in_batches(self._model.encode_text, tokens[rows])
-            between(len(rows))
-        return found[back]
+        model = self._model
+        found = text_features(
+            model.text_features,
+            model.params,
+            model.state,
+            model.tokenize(distinct.tolist()),
+            self.mesh,
+            model.text_tower,
+            between,
+        )
+        return np.asarray(encoders.unit(found))[back]
 
     def _in_batches(self, encode, rows):
         parts = []
