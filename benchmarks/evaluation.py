@@ -1,6 +1,8 @@
 """How fast a model is judged, in parts: `python -m benchmarks.evaluation PART`.
 
 python -m benchmarks.evaluation probe
+python -m benchmarks.evaluation retrieval
+python -m benchmarks.evaluation classifier
 python -m benchmarks.evaluation probe --markdown
 
 `benchmarks/README.md` says what each part measures.
@@ -10,10 +12,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import evaluation_probe, harness
+from benchmarks import (
+    evaluation_classifier,
+    evaluation_probe,
+    evaluation_retrieval,
+    harness,
+)
 
 # Each has add_options(parser), measure(options), title(found) and rows_of(found).
-PARTS = {"probe": evaluation_probe}
+PARTS = {
+    "probe": evaluation_probe,
+    "retrieval": evaluation_retrieval,
+    "classifier": evaluation_classifier,
+}
 
 
 def main(argv):
