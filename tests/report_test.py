@@ -29,7 +29,7 @@ EVIL = (
     "\u202e\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd",
     "\U0001f469\u200d\U0001f469\u200d\U0001f467 family",
     "a | pipe `tick` *star* [x](http://example.org)",
-    "long " * 60,
+    "long" * 75,
     "nul \x00 bell \x07 half \ud800",
 )
 CLASSES = len(EVIL)
@@ -112,7 +112,9 @@ def write_arrays(folder, seed=0, classes=CLASSES, records=120):
     predictions[swap, 0], predictions[swap, 1] = 1, 0
     index = 7 + 2 * np.arange(records)
     centres = rng.normal(size=(classes, 16)).astype(np.float32)
-    images = centres[labels] + 0.1 * rng.normal(size=(records, 16)).astype(np.float32)
+    images = (
+        3 + centres[labels] + 0.1 * rng.normal(size=(records, 16)).astype(np.float32)
+    )
     of = dict(predictions=predictions.astype(np.int32), labels=labels, index=index)
     np.savez(folder / "zero_shot.npz", class_embeddings=centres, **of)
     features = dict(image=images.astype(np.float32), label=labels, index=index)
@@ -195,7 +197,7 @@ def write_out(out, score=0.8, names=EVIL, suite="offline", step=6):
             protocols=dict(retrieval=summary("r", "retrieval", retrieval)),
         ),
         "absent": dict(
-            title="Absent",
+            title=EVIL[6],
             classes=10,
             missing=dict(why="no files", how=f"get {EVIL[0]}", where="data/absent"),
             protocols={},
@@ -342,10 +344,25 @@ def test_a_probe_shows_its_choice_and_labels_the_best_test_epoch(two):
 
 
 def test_confused_pairs_have_their_pictures(two):
-    page, _, _, _ = two
-    alts = [a["alt"] for a in page.all("img")]
-    assert f"wrong: {EVIL[0]}, taken for {EVIL[1]}" in alts
-    assert f"right: {EVIL[1]}" in alts
+    page, _, _, paths = two
+    folder = paths[0] / "evaluation" / "offline" / "tasks" / "t"
+    found = np.load(folder / "zero_shot.npz")
+    shown, first = np.load(folder / "thumbnails.npz"), found["predictions"][:, 0]
+    kept = np.isin(found["index"], shown["index"])
+    of = {
+        (label, guess): {
+            data_uri(shown["images"][list(shown["index"]).index(i)])
+            for i in found["index"][
+                kept & (found["labels"] == label) & (first == guess)
+            ]
+        }
+        for label, guess in ((0, 1), (1, 1))
+    }
+    wrong = f"wrong: {EVIL[0]}, taken for {EVIL[1]}"
+    images = page.all("img")
+    assert {a["src"] for a in images if a["alt"] == wrong} <= of[0, 1]
+    assert {a["src"] for a in images if a["alt"] == f"right: {EVIL[1]}"} <= of[1, 1]
+    assert len([a for a in images if a["alt"] == wrong]) >= 2
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
