@@ -18,7 +18,7 @@ from unicl_jax.reporting import headline, maps, markup, paper, series, svg
 from unicl_jax.reporting.examples import class_name
 from unicl_jax.reporting.page import make_markdown, make_page
 from unicl_jax.reporting.pictures import Pictures, data_uri
-from unicl_jax.reporting.probes import probe
+from unicl_jax.reporting.probes import few_shot, probe
 from unicl_jax.reporting.results import read_results
 from unicl_jax.reporting.runs import differing, read_runs
 
@@ -427,6 +427,17 @@ def zero_shot_only(out, suite, names):
     tasks = {n: dict(protocols=dict(zero_shot=dict(score=0.5))) for n in names}
     write_json(out / "results.json", dict(suite=suite, tasks=tasks))
     return out
+
+
+def test_few_shot_labels_the_best_test_epochs(two):
+    _, _, _, paths = two
+    run = read_runs(paths)[0]
+    found = run.results[0].tasks["t"].protocols["few_shot"]
+    found.details["few_shot"][0] |= dict(best_test_epoch=0.47, classes_short=3)
+    said = Page(few_shot([(0, run, found)])).said
+    assert "5 examples 45.0 \u00b1 2.0, 20 examples 60.0 \u00b1 2.0; all 70.0" in said
+    assert "best test epochs, chosen on test data: 5 47.0" in said
+    assert "classes with fewer images: 3 of 5" in said
 
 
 def test_the_paper_is_compared_with_where_a_suite_is_whole(tmp_path):

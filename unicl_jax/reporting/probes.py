@@ -37,6 +37,7 @@ def few_shot(done: Done) -> Html:
     """Accuracy over the number of examples a class, runs over each other."""
     shown = [(i, run, _shots(p), number(p.details.get("full"))) for i, run, p in done]
     shown = [x for x in shown if x[2]]
+    remarks = {i: list(_remarks(p)) for i, _, p in done}
     if not shown:
         return el("p", "There are no numbers of single shots.", class_="note")
     ends = [v for *_, rows, full in shown for _, m, h in rows for v in (m - h, m + h)]
@@ -66,7 +67,7 @@ def few_shot(done: Done) -> Html:
             for s, m, h in rows
         )
         told += f"; all {percent(full)} (dotted)" if full is not None else ""
-        items.append(el("li", name_of(run.name, 60), f": {told}"))
+        items.append(el("li", name_of(run.name, 60), f": {told}", *remarks[i]))
         words.append(f"{run.name}: {told}")
     drawing = svg.svg("Few-shot accuracy in percent. " + "; ".join(words), *parts)
     title = "Few-shot: mean over seeds, 95 % interval"
@@ -80,6 +81,21 @@ def _shots(protocol):
         for r in objects(protocol.details.get("few_shot"))
     ]
     return sorted((s, m, h) for s, m, h in rows if s and s > 0 and m is not None)
+
+
+def _remarks(protocol):
+    """What a row of shots says beside its mean."""
+    rows = objects(protocol.details.get("few_shot"))
+    best = [(number(r.get("shots")), number(r.get("best_test_epoch"))) for r in rows]
+    said = ", ".join(f"{s:g} {percent(b)}" for s, b in best if None not in (s, b))
+    if said:
+        yield el(
+            "span", f"; best test epochs, chosen on test data: {said}", class_="warn"
+        )
+    short = [(number(r.get("shots")), number(r.get("classes_short"))) for r in rows]
+    said = ", ".join(f"{c:g} of {s:g}" for s, c in short if s and c)
+    if said:
+        yield f"; classes with fewer images: {said}"
 
 
 def _chosen(protocol):
