@@ -74,6 +74,7 @@ def fit(
         (features - mean) / spread,
         jnp.asarray(targets, jnp.float32),
         penalty / spread**2,
+        jnp.zeros((len(penalty), np.shape(targets)[1], features.shape[1] + 1)),
         binary=binary,
         max_iterations=max_iterations,
         tolerance=tolerance,
@@ -84,8 +85,8 @@ def fit(
 
 
 @functools.partial(jax.jit, static_argnames=("binary", "max_iterations", "tolerance"))
-def _fit(x, y, penalty, *, binary, max_iterations, tolerance):
-    (n, dim), ways, settings = x.shape, y.shape[1], len(penalty)
+def _fit(x, y, penalty, weights, *, binary, max_iterations, tolerance):
+    (n, dim), settings = x.shape, len(penalty)
     penalty = penalty[:, None, None]
     # Weights and bias are one array [settings, K, D + 1].
     free = jnp.arange(dim + 1) == dim
@@ -201,8 +202,7 @@ def _fit(x, y, penalty, *, binary, max_iterations, tolerance):
         )
         return count + 1, moved, logits, new, history, iterations + alive, alive
 
-    weights = jnp.zeros((settings, ways, dim + 1))
-    logits = jnp.zeros((n, settings, ways))
+    logits = along(weights)
     past = jnp.zeros((_MEMORY, *weights.shape))
     state = (
         0,
