@@ -57,7 +57,7 @@ def read(config: Mapping[str, Any], model: encoders.TwoTower) -> list[Start]:
     taken = {part for start in starts for part in start.parts}
     if starts:
         _check_frozen(config, taken)
-    if config["classes_from_prompts"] and "text" not in taken:
+    if config.get("classes_from_prompts", False) and "text" not in taken:
         raise InputError(
             "classes_from_prompts needs a text tower that learnt: "
             f'"{config["init_from"]}" has none; name another source in init_from, or '
@@ -152,7 +152,9 @@ def _start(source, config, like):
     checkpoint.check_has_saved(source)
     theirs = saved_config(source)
     parts = objectives.taught_by_both(
-        config["objective"], theirs.get("objective"), config["classes_from_prompts"]
+        config["objective"],
+        theirs.get("objective"),
+        config.get("classes_from_prompts", False),
     )
     _check_options(source, theirs.get("model", {}), config["model"], parts)
     return Start(source, parts)
@@ -161,7 +163,7 @@ def _start(source, config, like):
 def _of_weights(source, config, like):
     (found, told), here = weights.read_and_told(source), config["model"]
     taught = objectives.taught_by_both(
-        config["objective"], "", config["classes_from_prompts"]
+        config["objective"], "", config.get("classes_from_prompts", False)
     )
     parts = tuple(part for part in taught if part in found.params)
     guessed = {

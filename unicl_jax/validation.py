@@ -431,5 +431,5 @@ SOURCE_FIELDS = {
     "prepared": (*_OF_IMAGES, "in_blocks"),
 }
 # And an evaluation that is a suite's task.
-OF_TASKS = ("task", "data_dir", "protocol", "preprocess", "templates")
+OF_TASKS = ("task", "data_dir", "protocol", "preprocess", "templates", "at_end")
 SECTIONS = ("model", "mesh", "data", "augment", "strong_augment", "mix", "optimizer")

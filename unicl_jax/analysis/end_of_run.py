@@ -36,7 +36,9 @@ def end_of_run(
     nearest = {
         task.name: quickstart_nearest(config[task.name]["path"])
         for task in tasks
-        if config[task.name].get("format") == "quickstart" and task.ways
+        if config[task.name].get("format") == "quickstart"
+        and not config[task.name].get("part")  # of the training set, for validation
+        and task.ways
     }
     named = [task for task in tasks if "top1" in scores[task.name].metrics]
     if named:

@@ -157,7 +157,7 @@ def check(config: Mapping) -> None:
             f'objective "{name}" takes {many}{entry.least_views} views of an image: '
             f"views is {count}; set it to {entry.least_views}."
         )
-    if config["classes_from_prompts"] and name not in BY_VECTORS:
+    if config.get("classes_from_prompts") and name not in BY_VECTORS:
         raise InputError(
             "classes_from_prompts is for objectives with a vector for each class "
             f'({", ".join(BY_VECTORS)}): objective is "{name}"; choose one of those.'
