@@ -6,7 +6,7 @@ from unicl_jax.errors import InputError
 from unicl_jax.evaluation.confusion import confusions, examples, per_class
 from unicl_jax.evaluation.context import Context, Outcome
 from unicl_jax.evaluation.features import Features
-from unicl_jax.evaluation.scores import METRICS, average_precision_11, top_k
+from unicl_jax.evaluation.scores import METRICS, average_precision_11, top_k, wilson
 
 TOP = 5
 
@@ -51,7 +51,13 @@ def judged(context: Context, scores: np.ndarray, found: Features) -> Outcome:
     }
     arrays = {"predictions": order, "labels": labels, "index": found.index}
     shown = found.index[examples(order, labels)].tolist()
-    return Outcome(score, metrics, len(labels), details, arrays, examples=shown)
+    interval = None
+    if task.metric == "accuracy":
+        low, high = wilson(score, len(labels))
+        interval = (high - low) / 2
+    return Outcome(
+        score, metrics, len(labels), details, arrays, interval, examples=shown
+    )
 
 
 def any_of(scores: np.ndarray, targets: np.ndarray) -> tuple[float, int]:

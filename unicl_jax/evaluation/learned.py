@@ -45,7 +45,7 @@ def linear_probe(context: Context) -> Outcome:
         "chosen": {
             "learning_rate": found.learning_rate,
             "weight_decay": found.weight_decay,
-            "epoch": len(found.test_curve),
+            "epoch": found.validation_epoch,
         },
         "curves": [
             {
@@ -58,7 +58,8 @@ def linear_probe(context: Context) -> Outcome:
         "diverged": found.diverged,
         "validation": found.validation,
         "selected": found.selected,
-        "best_validation_epoch": found.best_validation_epoch,
+        "as_chosen": found.as_chosen,
+        "last_epoch": found.last_epoch,
         "best_test_epoch": {
             "score": found.best_test_epoch,
             "epoch": found.test_curve.index(found.best_test_epoch) + 1,
@@ -68,8 +69,8 @@ def linear_probe(context: Context) -> Outcome:
         ],
     }
     said = (
-        f"{len(found.sweep)} settings, {found.diverged} diverged; chosen on validation "
-        "data; the best epoch on the test set would say "
+        f"chosen on validation data of {len(found.sweep)} settings ({found.diverged} "
+        "diverged); the best epoch on the test set, ELEVATER's number, is "
         f"{100 * found.best_test_epoch:.1f}"
     )
     return outcome._replace(

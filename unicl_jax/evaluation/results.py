@@ -99,7 +99,7 @@ def table(results: Mapping[str, Any], protocols: Sequence[str]) -> Table:
     for name, task in tasks.items():
         if not task.get("missing") and not {*shown} & {*task["protocols"]}:
             continue
-        scores = [_percent(task["protocols"].get(p)) for p in shown]
+        scores = [_percent(task["protocols"].get(p), p) for p in shown]
         if task.get("missing"):
             scores = ["missing", *[""] * (len(shown) - 1)][: len(shown)]
         ways = [f"{task['classes']:,}" if task.get("classes") else ""] * with_ways
@@ -190,10 +190,11 @@ METRIC_NAMES = {
 }
 
 
-def _percent(found):
+def _percent(found, protocol):
     if found is None or found["score"] is None:
         return ""
-    interval = found.get("interval")
+    # Over seeds; that of the number of records is in the files.
+    interval = found.get("interval") if protocol == "few_shot" else None
     more = f" ±{100 * interval:.1f}" if interval is not None else ""
     return f"{100 * found['score']:.1f}{more}"
 
