@@ -57,8 +57,11 @@ def test_blocks_find_what_one_block_finds(monkeypatch):
     monkeypatch.setattr(of, "_BANK", 64)
     of._nearest.clear_cache()
     blocks = of.nearest(x, tx, 7)
+    against = of.nearest(-x[:100], tx, 100)
     of._nearest.clear_cache()
     np.testing.assert_allclose(blocks.similarity, whole.similarity, atol=1e-6)
+    # The last block's padding is no neighbour, although 0 is nearer than these.
+    assert (np.sort(against.rows, 1) == np.arange(100)).all()
     # Cosines of equal records may differ in the last bit between blocks.
     same = blocks.rows % 100 == whole.rows % 100
     assert same[whole.rows < 200].all()
