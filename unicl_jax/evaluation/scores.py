@@ -325,8 +325,8 @@ def _area(precision, recall):
 def _eleven(precision, recall):
     # The best precision from here on; recall never falls, and ends at 1.
     best = np.maximum.accumulate(precision[::-1])[::-1]
-    # 0.3 is not 3 * 0.1 in floating point: a recall of 3 in 10 must count for 0.3.
-    places = np.searchsorted(recall, np.arange(11) / 10 - 1e-12)
+    # Quotients, as recalls are: 3 / 10 is 6 / 20 in floating point, but not 3 * 0.1.
+    places = np.searchsorted(recall, np.arange(11) / 10)
     return float(best[places].mean())
 
 
