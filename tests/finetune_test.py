@@ -10,9 +10,11 @@ import tiny_run
 
 import unicl_jax
 from unicl_jax import data, losses, objectives, train, validation
+from unicl_jax.data.arrays import ArraySource
 from unicl_jax.data.parts import part_of
 from unicl_jax.data.records import Request
 from unicl_jax.errors import InputError
+from unicl_jax.evaluation import elevater
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,19 @@ def test_a_fifth_of_every_class_is_for_validation():
     assert parts[0].fingerprint() != parts[1].fingerprint()
     evaluated = data.make_source("s", {**QUICKSTART, "part": "validation"}, 32, False)
     np.testing.assert_array_equal(evaluated.images, parts[1].images)
+
+
+def test_the_first_records_of_each_class_are_those_of_elevaters_rule():
+    labels = np.array([1, 0, 1, 1, 0, 1, 1, 1, 0, 1])
+    images = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1).repeat(3, -1)
+    whole = ArraySource("s", images, labels=labels, class_names=("a", "b"))
+    held, rest = (part_of(whole, part) for part in ("validation", "train"))
+    # ceil(0.2 * 3) of class 0, ceil(0.2 * 7) of class 1.
+    assert held.images[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert rest.images[:, 0, 0, 0].tolist() == [3, 4, 5, 6, 7, 8, 9]
+    learnt, chosen_on = elevater.split(labels)
+    np.testing.assert_array_equal(images[chosen_on], held.images)
+    np.testing.assert_array_equal(images[learnt], rest.images)
 
 
 def test_parts_of_a_folder_are_its_pictures(tmp_path):

@@ -34,8 +34,8 @@ def part_of(source: Source, part: str) -> Source:
       InputError: if there is no such part, labels lie inside records, or a part is
         empty.
 
-    Source: ELEVATER's toolkit, `Elevater.split_trainval` as `evaluation.elevater.split`
-      has it: the share, and that records are not drawn.
+    Source: ELEVATER's toolkit, whose rule `evaluation.elevater.split` has:
+      the share, and that records are not drawn.
     """
     choose(dict.fromkeys(PARTS), part, f'source "{source.name}": part')
     labels = getattr(source, "labels", None)
