@@ -77,7 +77,7 @@ def test_one_shot_trains_on_one_record_a_class():
     first = [rows[y[rows] == k][1] for k in range(10)]  # the other validates
     probe = found.probes[0]
     # Running means come from batches that are all ten of them, one an epoch.
-    share = 1 - 0.9**probe.validation_epoch
+    share = 1 - 0.9**QUICK.epochs
     mean = np.asarray(probe.head.mean)
     np.testing.assert_allclose(mean, share * x[first].mean(0), atol=1e-5)
     assert found.selected.half_width is None

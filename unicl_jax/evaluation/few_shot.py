@@ -101,7 +101,9 @@ def few_shot(
                 records=tuple(records),
                 classes_short=int((sizes < count).sum()),
                 selected=interval([probe.selected for probe in probes]),
-                best_test_epoch=interval([probe.best_test_epoch for probe in probes]),
+                best_test_epoch=interval(
+                    [probe.elevater.best_test_epoch for probe in probes]
+                ),
                 probes=tuple(probes),
             )
         )

@@ -39,45 +39,43 @@ def linear_probe(context: Context) -> Outcome:
         validation=validation,
         start=start,
     )
-    outcome = judged(context, found.scores, test)
+    outcome, theirs = judged(context, found.scores, test), found.elevater
     details = outcome.details | {
         "head_init": "random" if start is None else "text",
         "chosen": {
             "learning_rate": found.learning_rate,
             "weight_decay": found.weight_decay,
-            "epoch": found.validation_epoch,
         },
         "curves": [
             {
                 "learning_rate": curve.learning_rate,
                 "weight_decay": curve.weight_decay,
-                "val": None if curve.diverged else max(curve.scores),
+                "val": None if curve.diverged else curve.steady,
             }
             for curve in found.sweep
         ],
         "diverged": found.diverged,
         "validation": found.validation,
         "selected": found.selected,
-        "as_chosen": found.as_chosen,
-        "last_epoch": found.last_epoch,
+        "elevater": theirs._asdict(),
         "best_test_epoch": {
-            "score": found.best_test_epoch,
-            "epoch": found.test_curve.index(found.best_test_epoch) + 1,
+            "score": theirs.best_test_epoch,
+            "epoch": theirs.test_curve.index(theirs.best_test_epoch) + 1,
         },
         "epochs": [
-            {"epoch": i, "test": score} for i, score in enumerate(found.test_curve, 1)
+            {"epoch": i, "test": score} for i, score in enumerate(theirs.test_curve, 1)
         ],
     }
     said = (
         f"chosen on validation data of {len(found.sweep)} settings ({found.diverged} "
         "diverged); the best epoch on the test set, ELEVATER's number, is "
-        f"{100 * found.best_test_epoch:.1f}"
+        f"{100 * theirs.best_test_epoch:.1f}"
     )
     return outcome._replace(
         score=found.selected,
         metrics={
             **outcome.metrics,
-            "best_test_epoch": found.best_test_epoch,
+            "best_test_epoch": theirs.best_test_epoch,
             "validation": found.validation,
         },
         details=details,

@@ -45,25 +45,40 @@ class Curve(NamedTuple):
     scores: tuple[float, ...]  # after each epoch; empty where surely divergent
     diverged: bool  # NaN or infinite at some epoch: it scores 0 and cannot be chosen
 
+    @property
+    def steady(self) -> float:
+        """The mean over the later half of the epochs; -1 if it cannot be chosen.
+
+        The best epoch, by which ELEVATER chooses, favours settings on the edge of
+        divergence, whose scores jump up and down: one epoch of many is good by chance.
+        """
+        if self.diverged:
+            return -1.0
+        return float(np.mean(self.scores[len(self.scores) // 2 :]))
+
+
+class Elevater(NamedTuple):
+    """What ELEVATER's own rules make of a sweep."""
+
+    learning_rate: float  # of the best epoch of any setting on validation records
+    weight_decay: float
+    validation: float  # there
+    validation_epoch: int  # which epoch that is, from 1
+    test_curve: tuple[float, ...]  # of the final run, after each epoch; 0 if not finite
+    last_epoch: float  # on the test set, after the final run
+    best_test_epoch: float  # test-set selection: ELEVATER's number, too good
+    finite: bool  # whether the final run stayed so
+
 
 class Probe(NamedTuple):
     """What a probe found; scores are of the task's metric, in [0, 1]."""
 
     metric: str
-    learning_rate: float  # chosen on validation records, as all but best_test_epoch
+    learning_rate: float  # chosen on validation records: the steadiest best
     weight_decay: float
-    validation: float  # of the chosen setting, at its best epoch
-    validation_epoch: int  # which epoch that is, from 1
-    # On the test set, trained on all records for as many epochs as validation chose;
-    # if that diverged, what `as_chosen` is.
-    selected: float
-    as_chosen: float  # on the test set, trained without the validation records
-    last_epoch: float  # on the test set, after ELEVATER's final run, 0 if not finite
-    best_test_epoch: float  # test-set selection: ELEVATER's number, too good
-    test_curve: tuple[float, ...]  # of the final run, after each epoch
-    test_finite: (
-        bool  # whether the final run stayed finite; epochs that did not score 0
-    )
+    validation: float  # of that setting: `Curve.steady`
+    selected: float  # on the test set, trained on all records with that setting
+    elevater: Elevater
     sweep: tuple[Curve, ...]  # by learning rate, then weight decay
     diverged: int  # of the sweep
     per_class: np.ndarray | None  # [K] accuracy; None for several labels
@@ -86,9 +101,10 @@ def linear_probe(
     """Trains linear heads with many settings, picks one, and scores it on the test set.
 
     A head is a batch norm without scale and offset and a linear map. The sweep runs on
-    the training records without validation records. The best setting is then trained
-    on all of them: for the epochs it was best at, which is the score, and for
-    ELEVATER's 50, of which the best on the test set is ELEVATER's number.
+    the training records without validation records. The setting that is best over the
+    later epochs is then trained on all records for as many epochs, which is the score;
+    and ELEVATER's choice for ELEVATER's 50, of which the best on the test set is its
+    number.
 
     Args:
       features: [n, D] finite, of the training set, as the model gives them: ELEVATER
@@ -111,7 +127,7 @@ def linear_probe(
       InputError: where the arguments are not so; if every setting diverged.
 
     Source: ELEVATER (Li et al., 2022) and its toolkit's code. Other than there, the
-    number of epochs is chosen, too (a rate that is good for a few often is not for 50);
+    score is of a steady setting (see `Curve.steady`), and never chosen on the test set;
     the official validation set may be used; settings that diverge are counted, and
     those that surely will, by their weight decay alone, are not trained.
     """
@@ -129,31 +145,36 @@ def linear_probe(
         ),
     )
     start = _start(start, ways, fit[0].shape[1], protocol.seed)
-    chosen, curves = sweep(fit, held, start, metric, protocol)
-    setting = [(chosen.learning_rate, chosen.weight_decay)]
-    epoch = int(np.argmax(chosen.scores))
-    as_chosen, until = _fit(fit, test, start, setting, epoch + 1, metric, protocol)
-    final, curve = _fit(
-        whole, test, start, setting, protocol.final_epochs, metric, protocol
-    )
-    curve = curve[:, 0]
-    stopped, scored = _fit(whole, test, start, setting, epoch + 1, metric, protocol)
-    if not stopped.finite.all():
-        stopped, scored = as_chosen, until
-    head = stopped.heads
+    best, curves = sweep(fit, held, start, metric, protocol)
+    chosen = max(curves, key=lambda curve: curve.steady)  # the first of equals
+
+    def run(on, curve, epochs):
+        setting = [(curve.learning_rate, curve.weight_decay)]
+        trained, scores = _fit(on, test, start, setting, epochs, metric, protocol)
+        return trained, tuple(map(float, scores[:, 0]))
+
+    trained, scored = run(whole, chosen, protocol.epochs)
+    if not trained.finite.all():  # with more records, and so more steps
+        trained, scored = run(fit, chosen, protocol.epochs)
+    final, test_curve = run(whole, best, protocol.final_epochs)
+    head = trained.heads
     logits = np.asarray(head(jnp.asarray(test[0]), protocol.logit_scale))[:, 0]
     return Probe(
         metric=metric,
         learning_rate=chosen.learning_rate,
         weight_decay=chosen.weight_decay,
-        validation=chosen.scores[epoch],
-        validation_epoch=epoch + 1,
-        selected=float(scored[-1, 0]),
-        as_chosen=float(until[-1, 0]),
-        last_epoch=float(curve[-1]),
-        best_test_epoch=float(curve.max()),
-        test_curve=tuple(map(float, curve)),
-        test_finite=bool(final.finite.all()),
+        validation=chosen.steady,
+        selected=scored[-1],
+        elevater=Elevater(
+            learning_rate=best.learning_rate,
+            weight_decay=best.weight_decay,
+            validation=max(best.scores),
+            validation_epoch=int(np.argmax(best.scores)) + 1,
+            test_curve=test_curve,
+            last_epoch=test_curve[-1],
+            best_test_epoch=max(test_curve),
+            finite=bool(final.finite.all()),
+        ),
         sweep=curves,
         diverged=sum(curve.diverged for curve in curves),
         per_class=None if several else per_class(logits, test[1]),
