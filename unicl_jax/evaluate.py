@@ -84,7 +84,8 @@ def _evaluate(options, console):
             progress=progress,
         )
     one = options.protocol if options.protocol != ("all",) else ()
-    console.print(results.table(found, one or list(PROTOCOLS)))
+    if any(task["protocols"] for task in found["tasks"].values()):
+        console.print(results.table(found, one or list(PROTOCOLS)))
     if suite.provisional:
         console.print(f"{suite.name} is provisional: {suite.provisional}")
     wanted = [found["tasks"][name] for name in names]
