@@ -5,6 +5,7 @@ that the compiler's schedule leaves waiting, by the formulas of unicl_jax/planni
 """
 
 import datetime
+import hashlib
 import runpy
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from unicl_jax.checks.report import size
 from unicl_jax.errors import InputError
 from unicl_jax.planning import network, plans
 from unicl_jax.planning.advice import at_batch
+from unicl_jax.planning.compiling import libtpu_flags
 from unicl_jax.planning.topology import parse_topology
 
 TOPOLOGIES = (
@@ -75,6 +77,7 @@ def measure(options):
         "machine": machine,
         "versions": harness.versions("libtpu"),
         "rows": options.rows,
+        "flags": libtpu_flags(),
         "runs": found,
     }
 
@@ -90,6 +93,8 @@ def _one(model, name, options):
     keep = None
     if options.keep:
         shape = f"{options.fsdp}_{options.tensor}_{batch}"
+        if libtpu_flags():
+            shape += "_" + hashlib.sha256(libtpu_flags().encode()).hexdigest()[:8]
         keep = options.keep / f"{model}_{name.replace(':', '_')}_{shape}.json.gz"
     try:
         plans.check(config, topology)
@@ -132,9 +137,11 @@ def _one(model, name, options):
 
 def title(found):
     """One line: what was compiled."""
+    flags = found.get("flags")
+    with_flags = f"; LIBTPU_INIT_ARGS=`{flags}`" if flags else ""
     return (
         f"weak scaling, {found['rows']} rows a chip, compiled for each slice; "
-        f"times are estimates"
+        f"times are estimates{with_flags}"
     )
 
 
@@ -143,7 +150,7 @@ def rows_of(found):
     rows = [
         [
             *("model", "slice", "chips", "batch", "exchanged", "work", "links"),
-            *("efficiency", "overlapped"),
+            *("waiting", "step", "efficiency", "overlapped"),
         ]
     ]
     for run in found["runs"]:
@@ -151,10 +158,12 @@ def rows_of(found):
         row.append(f"{run['batch_size']:,}")
         if "work" not in run:
             why = run.get("error", "does not fit")[:40]
-            rows.append([*row, why, "", "", "", ""])
+            rows.append([*row, why, *[""] * 6])
             continue
         moved = sum(kind["bytes"] for kind in run["collectives"].values())
         row += [size(moved), f"{1e3 * run['work']:.1f} ms"]
-        row += [f"{1e3 * run['links']:.1f} ms", f"{100 * run['efficiency']:.1f} %"]
-        rows.append([*row, f"{100 * run['overlapped']:.1f} %"])
+        row += [f"{1e3 * run[key]:.1f} ms" for key in ("links", "waiting")]
+        row += [f"{1e3 * (run['work'] + run['waiting']):.1f} ms"]
+        row += [f"{100 * run[key]:.1f} %" for key in ("efficiency", "overlapped")]
+        rows.append(row)
     return rows

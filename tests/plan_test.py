@@ -545,6 +545,12 @@ def test_out_of_memory_is_an_answer():
         ("The TPU is already in use by process with pid 17", 1, "one process"),
         ("", -9, "memory of this machine"),
         ("ValueError: Unknown topology v5e:3x3", 1, "must know the topology"),
+        (
+            "ERROR: Unknown command line flag 'xla_tpu_x'. Did you mean: xla_tpu_y ?",
+            1,
+            "LIBTPU_INIT_ARGS must hold flags that this libtpu knows: it does not know "
+            "xla_tpu_x;",
+        ),
         ("jax.errors.JaxRuntimeError: INTERNAL: broken", 1, "broken"),
     ],
 )
@@ -680,6 +686,8 @@ def test_kept_programs_are_told_apart(tmp_path, monkeypatch):
         plan._kept(tmp_path, config, parse_topology("v5e:2x4"), 1000, None),
     ]
     assert plan._kept(tmp_path, config, topology, 1000, None) == kept[0]
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_reduce=true")
+    kept.append(plan._kept(tmp_path, config, topology, 1000, None))
     monkeypatch.setattr(plan.agreement, "code", lambda: {"unicl_jax": "0"})
     kept.append(plan._kept(tmp_path, config, topology, 1000, None))
     assert len(set(kept)) == len(kept)

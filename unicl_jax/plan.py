@@ -23,7 +23,7 @@ from unicl_jax.checks.report import make_console
 from unicl_jax.config import to_json
 from unicl_jax.errors import InputError
 from unicl_jax.planning import advice, plans, report
-from unicl_jax.planning.compiling import compile_step
+from unicl_jax.planning.compiling import compile_step, libtpu_flags
 from unicl_jax.planning.topology import parse_topology
 from unicl_jax.processes import agreement
 
@@ -139,6 +139,7 @@ def _kept(folder, config, topology, concepts, text_slots):
         folder.mkdir(parents=True, exist_ok=True)
     facts = agreement.of_this_process({})
     made_of = to_json(config), concepts, text_slots, facts["code"], facts["version"]
+    made_of += (libtpu_flags(),)
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]
     name = plans.libtpu_name(topology).replace(":", "_")
     return folder / f"{name}_{config.batch_size}_{key}.json.gz"

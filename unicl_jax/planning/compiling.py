@@ -35,6 +35,7 @@ class Compiled(NamedTuple):
       warnings: of the compiler: arrays that it moves whole where they need not be.
       used, limit: bytes of HBM it would need and could have, if it does not fit.
       largest: if it does not fit, the largest arrays, a line each.
+      flags: of libtpu, from LIBTPU_INIT_ARGS.
     """
 
     text: str
@@ -47,6 +48,7 @@ class Compiled(NamedTuple):
     used: int | None = None
     limit: int | None = None
     largest: tuple[str, ...] = ()
+    flags: str = ""
 
     @property
     def fits(self) -> bool:
@@ -107,6 +109,7 @@ def compile_step(
             raise _what_failed(said, topology, done.returncode)
         found = json.loads(gzip.decompress(out.read_bytes()))
     found["warnings"] = compiler_warnings(said)
+    found["flags"] = libtpu_flags()
     if keep is not None:
         Path(keep).parent.mkdir(parents=True, exist_ok=True)
         # At once: what is there is whole, also beside another process that writes it.
@@ -117,6 +120,11 @@ def compile_step(
         finally:
             temporary.unlink(missing_ok=True)
     return Compiled(**found)
+
+
+def libtpu_flags() -> str:
+    """Flags of libtpu that programs are compiled with here: LIBTPU_INIT_ARGS."""
+    return " ".join(os.environ.get("LIBTPU_INIT_ARGS", "").split())
 
 
 def compiler_warnings(said: str) -> list[str]:
@@ -138,6 +146,12 @@ def _what_failed(said, topology, code):
         return Busy(
             "libtpu compiles for one process at a time: another one has it; wait for "
             "that to end, or leave --compile out for an estimate."
+        )
+    unknown = re.search(r"Unknown command line flag '([^']*)'", said)
+    if unknown:
+        return InputError(
+            "LIBTPU_INIT_ARGS must hold flags that this libtpu knows: it does not know "
+            f"{unknown[1]}; leave that out, or take the libtpu that has it."
         )
     if code < 0:
         return InputError(

@@ -257,6 +257,8 @@ def _assumed(plan):
             f"an estimate: compiled steps held {LEAST} to {MOST} times as much of "
             "activations, gradients and the rest; so much may the largest batch be off"
         )
+    if plan.compiled and plan.compiled.flags:
+        section.note(f"LIBTPU_INIT_ARGS: {plan.compiled.flags}")
     if plan.topology.chip.kind == "gpu":
         section.note(
             f"JAX takes {USABLE['gpu']:.0%} of a GPU's memory: "
@@ -330,6 +332,7 @@ def to_json(plan: Plan, largest: Largest, todo: list[str]) -> dict[str, Any]:
             },
             loops=plan.program.loops if plan.program else [],
             warnings=plan.compiled.warnings,
+            flags=plan.compiled.flags,
             largest=list(plan.compiled.largest),
         )
     return found
