@@ -23,6 +23,7 @@
 #                       and data lie there, unless they are in gs://
 #   --spot              on spot nodes of GKE
 #   --max-restarts=N    (100)
+# LIBTPU_INIT_ARGS, if it is set here, goes to pods with TPUs: flags of the compiler.
 # The pods' exit codes decide what comes next; see launch/exit_codes.sh. Wrong input, a
 # loss that is not finite, an unforeseen error and a full disk end the JobSet; all else
 # restarts it.
@@ -195,6 +196,10 @@ YAML
               resources:
                 limits: {google.com/tpu: $chips}
 YAML
+    if [[ -n ${LIBTPU_INIT_ARGS:-} ]]; then
+      echo "              env:"
+      echo "              - {name: LIBTPU_INIT_ARGS, value: $(quoted "$LIBTPU_INIT_ARGS")}"
+    fi
   else
     cat <<YAML
               ports:

@@ -30,6 +30,7 @@
 #   --setup=COMMAND     on every host before training, to mount --workdir's disk, say
 #   --poll=SECONDS      between two looks (60)
 #   --max-restarts=N    of the trainer or the TPU (100)
+# LIBTPU_INIT_ARGS, if it is set here, goes to the hosts: flags of the compiler.
 # Every host learns from the TPU who it is: the trainer needs no other flags. --workdir
 # must be gs://bucket/folder, or a directory that all hosts share and that outlives the
 # TPU: Filestore, NFS.
@@ -159,6 +160,9 @@ install() {
 run() {
   local before=''
   if [[ -n $setup ]]; then before="{ $setup; } && "; fi
+  if [[ -n ${LIBTPU_INIT_ARGS:-} ]]; then
+    before+="LIBTPU_INIT_ARGS=$(quoted "$LIBTPU_INIT_ARGS") "
+  fi
   on_hosts all "${before}bash launch/tpu_worker.sh start $(quoted "${training[@]}")"
 }
 

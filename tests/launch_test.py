@@ -370,6 +370,15 @@ def test_a_job_set_of_tpus_has_a_pod_for_each_host_of_each_slice():
     assert "exclusive-topology" in str(whole["metadata"]["annotations"])
 
 
+def test_a_job_set_of_tpus_gets_flags_of_the_compiler(monkeypatch):
+    flags = "--xla_a=true --xla_b=2"
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
+    *_, container = job_set("--tpu=tpu-v5-lite-podslice", "--topology=2x2")
+    assert container["env"] == [{"name": "LIBTPU_INIT_ARGS", "value": flags}]
+    *_, container = job_set("--gpus=1")
+    assert "LIBTPU_INIT_ARGS" not in {x["name"] for x in container["env"]}
+
+
 def test_a_job_set_is_restarted_by_the_same_codes_as_elsewhere():
     whole, _, job, pod, _ = job_set("--gpus=8", "--max-restarts=7")
     [rule] = job["podFailurePolicy"]["rules"]
@@ -443,6 +452,7 @@ def cloud(tools, tmp_path):
         scp) cp "$2" "$HOME/unicl_jax.tar.gz" ;;
         ssh)
           cd "$HOME"
+          unset LIBTPU_INIT_ARGS # the hosts are others
           for x in "$@"; do
             if [[ $x == --command=* ]]; then bash -c "${x#--command=}"; fi
           done ;;
@@ -481,6 +491,20 @@ def test_watch_makes_a_preempted_tpu_anew_and_runs_until_the_end(cloud, tmp_path
     started = lines(tmp_path / "started")
     assert started == [f"-u -m unicl_jax.main {' '.join(TRAINING)}"] * 3
     assert lines(tmp_path / "codes") == []
+
+
+def test_a_pod_gets_flags_of_the_compiler(cloud, tmp_path):
+    (tmp_path / "codes").write_text("0\n")
+    trainer = tmp_path / "python" / "python"
+    note = 'echo "$LIBTPU_INIT_ARGS" >>"$FAKE/flags"\n'
+    trainer.write_text(trainer.read_text().replace("code=", note + "code=", 1))
+    cloud["LIBTPU_INIT_ARGS"] = flags = "--xla_a=true --xla_b=2"
+    done = call(
+        *("tpu_pod.sh", "watch", *POD, "--poll=1", "--setup=true", "--", *TRAINING),
+        env=cloud,
+    )
+    assert done.returncode == 0, done.stderr
+    assert lines(tmp_path / "flags") == [flags]
 
 
 def test_watch_ends_with_a_code_that_would_come_again(cloud, tmp_path):
