@@ -65,10 +65,15 @@ code)
     echo "unicl: absent"
   elif alive; then
     echo "unicl: running"
-  elif [[ -s $run/code ]]; then
-    echo "unicl: $(<"$run/code")"
   elif [[ -s $run/pid ]]; then
-    echo "unicl: 137" # it ended with its shell: the host was restarted
+    # It has ended; its shell may be about to write down how.
+    for ((i = 0; i < 30; i++)); do
+      [[ -s $run/code ]] && break
+      sleep 0.1
+    done
+    code=137 # it ended with its shell: the host was restarted
+    [[ -s $run/code ]] && code=$(<"$run/code")
+    echo "unicl: $code"
   else
     echo "unicl: none"
   fi

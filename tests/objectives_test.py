@@ -183,7 +183,7 @@ def check(name, *kinds, views=1, evaluations=()):
             "objective": name,
             "views": views,
             "data": {"sources": sources},
-            "evaluations": dict.fromkeys(evaluations),
+            "evaluations": {name: {} for name in evaluations},
         }
     )
 
@@ -210,7 +210,7 @@ def test_an_objective_says_how_many_views_it_takes():
 
 
 def test_supcon_refuses_an_evaluation_and_says_what_to_do():
-    with pytest.raises(InputError, match="must be empty, and hold shoes.*:linear does"):
+    with pytest.raises(InputError, match="and shoes are not; set it.*:linear does"):
         check("supcon", "image_label", views=2, evaluations=["shoes"])
 
 
