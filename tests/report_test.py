@@ -278,7 +278,7 @@ def test_a_cut_name_is_short_and_does_not_end_in_a_joiner():
 
 def test_the_best_score_is_marked_and_missing_data_is_said(two):
     page, _, _, paths = two
-    assert "get <script>alert(1)</script>; data/absent" in page.said
+    assert "get <script>alert(1)</script>; data/absent; no files" in page.said
     boards = {b.protocol: b for b in headline.boards(read_runs(paths))}
     row = boards["zero_shot"].rows[0]
     assert [c.score for c in row.cells] == [0.8, 0.65]

@@ -250,7 +250,8 @@ def _missing(tasks, runs):
         one = next(t for t in task if t)
         if lacking:
             said = lacking[0]
-            parts = [said.get("why"), said.get("how"), said.get("where")]
+            # What to do comes first: Markdown cuts long lines.
+            parts = [said.get("how"), said.get("where"), said.get("why")]
             tail = "; ".join(p.strip().rstrip(".;") for p in parts if p)
             yield f"{one.title} was not evaluated: {tail or 'its data is missing'}."
         elif not any(t.protocols for t in task if t):

@@ -210,7 +210,7 @@ def _retrieval(there, done):
 def _maps(there, points, say):
     figures = []
     for _, run, task in there:
-        if task.kind == "retrieval":
+        if task.missing or task.kind == "retrieval":
             continue
         say(f"map of {task.name}, {run.name}")
         found = maps.make_map(task, points)
