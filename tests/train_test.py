@@ -744,16 +744,24 @@ def test_a_checkpoint_that_cannot_be_written_is_told_once_and_not_tried_again(
     assert tries == [3]
 
 
-def table_lines(name, width):
+def table_lines(name, width, *kinds):
     class Task:
-        ways, by_prompts = 21_841, True
+        ways, by = 21_841, "prompts"
 
     Task.name = name
     scores = {name: Scores({"top1": 0.1234, "top5": 0.4567})}
     console = Console(width=width)
     with console.capture() as capture:
-        console.print(evaluation_table([Task], scores, {name: (0.5, 1.0)}))
+        tasks = [Task, *(type("Task", (Task,), {"by": by}) for by in kinds)]
+        console.print(evaluation_table(tasks, scores, {name: (0.5, 1.0)}))
     return capture.get().splitlines()
+
+
+def test_the_table_says_what_tells_the_classes_apart():
+    assert "task, by prompts" in table_lines("pets", 80)[1]
+    mixed = "\n".join(table_lines("pets", 80, "k-NN"))
+    assert "task, by" not in mixed
+    assert "pets, by prompts " in mixed and "pets, by k-NN " in mixed
 
 
 def test_the_table_fits_80_columns():

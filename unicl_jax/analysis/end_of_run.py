@@ -81,15 +81,15 @@ def evaluation_table(
       A rich table that fits 80 columns.
     """
     table = Table()
-    by_prompts = all(task.by_prompts for task in tasks)
-    table.add_column("task, by prompts" if by_prompts else "task, by classifier")
+    ways = {task.by for task in tasks}
+    table.add_column(f"task, by {min(ways)}" if len(ways) == 1 else "task")
     headers = ["ways", "top-1 %", "top-5 %", "chance %"]
     for header in headers + ["pixel 1-NN %"] * bool(nearest):
         table.add_column(header, justify="right")
     for task in tasks:
         score = scores[task.name]
         cells = [
-            task.name,
+            task.name if len(ways) == 1 else f"{task.name}, by {task.by}",
             f"{task.ways:,}",
             f"{100 * score.metrics['top1']:.1f}",
             f"{100 * score.metrics['top5']:.1f}",

@@ -53,9 +53,9 @@ class FeatureTask:
         self._tokenize, self._encoders = tokenize, encoders
 
     @property
-    def by_prompts(self) -> bool:
-        """Whether texts stand for the classes."""
-        return False
+    def by(self) -> str:
+        """What tells the classes apart, as the table says it."""
+        return {"knn": "k-NN"}.get(self._protocol, self._protocol.replace("_", " "))
 
     @property
     def ways(self) -> int:
@@ -182,11 +182,11 @@ def make_task(
         fits = {
             "retrieval": ("retrieval",),
             "multi_label": ("zero_shot", "linear_probe"),
-        }
-        if protocol not in fits.get(task.kind, PROTOCOLS[:-1]):
+        }.get(task.kind, PROTOCOLS[:-1])
+        if protocol not in fits:
             raise InputError(
                 f"evaluations.{name}: a task of {task.kind.replace('_', ' ')} cannot "
-                f'be judged by "{protocol}"; set `protocol` to another.'
+                f'be judged by "{protocol}"; set `protocol` to {" or ".join(fits)}.'
             )
         metric, templates = task.metric, templates or task.templates
         split = {"data_dir": config.get("data_dir") or None, "image_size": image_size}

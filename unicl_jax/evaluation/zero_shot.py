@@ -70,9 +70,9 @@ class ZeroShotTask:
         self._rank = jax.jit(_rank, out_shardings=whole)
 
     @property
-    def by_prompts(self) -> bool:
-        """Whether texts stand for the classes, not what an objective learnt of them."""
-        return self._concepts is None
+    def by(self) -> str:
+        """What tells the classes apart: texts, or what an objective learnt of them."""
+        return "prompts" if self._concepts is None else "classifier"
 
     @property
     def ways(self) -> int:
