@@ -10,7 +10,7 @@ import tiny_run
 from PIL import Image
 
 import unicl_jax
-from unicl_jax import evaluate, train
+from unicl_jax import evaluate, model, train
 from unicl_jax.data.arrays import ArraySource
 from unicl_jax.data.records import Rows, Skip
 from unicl_jax.errors import InputError
@@ -256,6 +256,22 @@ def test_pictures_are_named_out_of_a_text_file(run, tmp_path, capsys):
         float(x.strip(",│ ")) for x in printed.split() if x.strip(",")[-1:].isdigit()
     ]
     assert sum(shares) == pytest.approx(100, abs=0.2)
+
+
+def test_a_suite_is_listed_without_a_model(run, capsys):
+    assert evaluate.main([f"--suite={run[1]}", "--list"]) == 0
+    assert "train, test" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate.main([f"--suite={run[1]}"])
+    assert "--checkpoint is required" in capsys.readouterr().err
+
+
+def test_a_name_is_told_from_trained_weights(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert model.is_random("swin_tiny") and not model.is_random("swin_tny")
+    assert not model.is_random(run[0])
+    (tmp_path / "swin_tiny").mkdir()
+    assert not model.is_random("swin_tiny")
 
 
 def test_results_that_cannot_be_read_say_so(tmp_path):

@@ -38,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
     Returns:
       The exit code: 0; 1 if a task that was asked for has no score; 2 for wrong input.
     """
-    options = _parser().parse_args(argv)
+    options = (parser := _parser()).parse_args(argv)
+    if not (options.checkpoint or options.list):
+        parser.error("--checkpoint is required, but with --list")
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
@@ -134,7 +136,10 @@ def _parser():
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="workdir, weights file or folder, or name")
+    add(
+        "--checkpoint",
+        help="workdir, weights file or folder, or a tower's name for random weights",
+    )
     add(
         "--suite",
         default="offline",
@@ -191,6 +196,8 @@ def _truth(text):
 
 
 def _load(options):
+    if model.is_random(options.checkpoint):
+        print(f"Random weights: {options.checkpoint} is a name, no file or workdir")
     return model.load(
         options.checkpoint, **({"layout": options.layout} if options.layout else {})
     )

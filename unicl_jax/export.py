@@ -3,7 +3,7 @@
 python -m unicl_jax.export --from=runs/quickstart --to=model.safetensors
 python -m unicl_jax.export --from=model.safetensors --to=swin.safetensors \
   --format=timm_swin
-python -m unicl_jax.export --from=swin_tiny --to=swin.pth --format=mmdet_swin
+python -m unicl_jax.export --from=runs/swin_tiny --to=swin.pth --format=mmdet_swin
 
 Both models are run on the same random images and texts; the largest difference between
 their features is printed; for a layout of a detection framework, how that loads it.
@@ -126,7 +126,10 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m unicl_jax.export", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "--from", dest="source", required=True, help="workdir, weights file or name"
+        "--from",
+        dest="source",
+        required=True,
+        help="workdir, weights file, or a tower's name for random weights",
     )
     parser.add_argument("--to", required=True, help=".safetensors, .npz or .pth")
     parser.add_argument("--format", default="unicl", choices=tuple(weights.LAYOUTS))
@@ -141,6 +144,8 @@ def main(argv: Sequence[str]) -> int:
         f"{options.to}: {megabytes:.1f} MB, {options.format}; read again, the largest "
         f"difference is {difference:.2g}"
     )
+    if model.is_random(options.source):
+        print(f"Random weights: {options.source} is a name, no file or workdir")
     if untold:
         print(
             "The arrays don't say, and other readers must be told: "

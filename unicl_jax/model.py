@@ -405,6 +405,18 @@ def load(
     return Model(Weights(model, *jax.jit(two.init)(jax.random.key(seed))))
 
 
+def is_random(source: str | Path) -> bool:
+    """Whether `load` makes random weights, since a name is all there is.
+
+    Args:
+      source: as for `load`.
+
+    Returns:
+      True for a name in `variants()` where no such file or folder is.
+    """
+    return str(source) in variants() and not storage.path(source).exists()
+
+
 def variants() -> dict[str, dict[str, Any]]:
     """The models that have a name: a config's `model` section for each."""
     found = {}
