@@ -1,7 +1,10 @@
 """What a protocol is given: a model, a task, its sets and their features."""
 
+import contextlib
 import dataclasses
 import functools
+import os
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unicl_jax.data.prompts import fill
-from unicl_jax.data.records import Source
-from unicl_jax.evaluation import features
+from unicl_jax.data.records import Source, hash_of
+from unicl_jax.data.shards import is_remote
+from unicl_jax.evaluation import features, places
 from unicl_jax.evaluation.embedder import Embedder
 from unicl_jax.evaluation.features import Features
 from unicl_jax.evaluation.tasks import Task
@@ -99,7 +103,7 @@ class Context:
         self.options, self.progress = options, progress
         self.records: dict[str, int] = {}
         self._data_dir, self._sources, self._features = data_dir, {}, {}
-        self._classes = None
+        self._classes, self._fingerprints = None, {}
 
     def source(self, split: str) -> Source:
         """The set of a split; see `Task.open`."""
@@ -117,6 +121,18 @@ class Context:
                 )
         return self._sources[split]
 
+    def fingerprint(self, split: str) -> str:
+        """Tells a split from others, and from itself before its files were changed."""
+        if split not in self._fingerprints:
+            source, found = self.source(split), self.task.find(split, self._data_dir)
+            parts = (
+                source.fingerprint(),
+                repr((self.task.squash, found.place.labels, found.place.options)),
+                *_stamps(source, found.path),
+            )
+            self._fingerprints[split] = hash_of(*(part.encode() for part in parts))
+        return self._fingerprints[split]
+
     @functools.cached_property
     def splits(self) -> tuple[str, ...]:
         """The splits whose data is there."""
@@ -126,13 +142,13 @@ class Context:
         """The features of a split."""
         if split not in self._features:
             source = self.source(split)
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.progress.start(f"{self.task.name}: features of {split}")
             self._features[split] = features.extract(
                 self.embedder,
                 source,
                 self.folder / f"features_{split}.npz",
                 self.progress.done,
+                self.fingerprint(split),
             )
             if skipped := sum(source.skipped.values()):
                 self.progress.say(
@@ -174,6 +190,22 @@ class Context:
             self.progress.done(done, 0)
 
         return self.embedder.texts(texts, between)
+
+
+def _stamps(source, path):
+    """Size and time of each file of a set, where they are local.
+
+    A source knows its records' names and places: a picture that was mended has the
+    same name, and another label in a shard the same place.
+    """
+    files = {source.where(index) for index in range(len(source))}
+    if not is_remote(path):
+        files.update(places.matches(path))
+    for file in sorted(file for file in files if file and not is_remote(file)):
+        with contextlib.suppress(OSError):  # where() may be no path
+            found = os.stat(file)
+            if stat.S_ISREG(found.st_mode):
+                yield f"{os.path.basename(file)} {found.st_size} {found.st_mtime_ns}"
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What a model makes of a set, extracted once and kept in files."""
 
+import contextlib
 import os
 import shutil
 import zipfile
@@ -39,6 +40,7 @@ def extract(
     source: Source,
     path: Path,
     between: Callable[[int, int], None] = lambda done, records: None,
+    fingerprint: str = "",
 ) -> Features:
     """Embeds every image of a set, or reads what an earlier call kept.
 
@@ -48,6 +50,8 @@ def extract(
       path: `.npz` file; beside it, while it is under way, a folder of its parts, from
         which a call that was killed is taken up again.
       between: called after every batch with how many records are done, of how many.
+      fingerprint: tells the set's records, as they are read, from others; "": the
+        source's own.
 
     Returns:
       The features.
@@ -55,7 +59,7 @@ def extract(
     Raises:
       InputError: if no record can be read, or the files cannot be written.
     """
-    key = f"{embedder.digest} {source.fingerprint()} {len(source)}"
+    key = f"{embedder.digest} {fingerprint or source.fingerprint()} {len(source)}"
     if (found := read(path, key)) is not None:
         return found
     parts = path.with_suffix(".parts")
@@ -127,11 +131,28 @@ def thumbnails(source: Source, indices: np.ndarray) -> np.ndarray:
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Writes a `.npz` file at once: a kill leaves none, or all of it."""
+    """Writes a `.npz` file at once: a kill leaves none, or all of it.
+
+    Args:
+      path: of the file; its folder is made.
+      arrays: by name.
+
+    Raises:
+      InputError: if it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.new")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # room for what can be kept
+            temporary.unlink()
+        raise InputError(
+            f'results are kept in files: "{path}" cannot be written '
+            f"({error.strerror}); name another folder with --out."
+        ) from error
 
 
 def _whole_parts(parts):

@@ -183,7 +183,7 @@ def _key(context, protocol):
         protocol,
         context.embedder.digest,
         repr((task.kind, task.metric, task.templates, task.class_names, task.squash)),
-        *[context.source(s).fingerprint() for s in chosen.splits(context)],
+        *[context.fingerprint(s) for s in chosen.splits(context)],
         *[f"{name}={getattr(context.options, name)!r}" for name in chosen.options],
     ]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=12).hexdigest()
