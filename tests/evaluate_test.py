@@ -1,6 +1,7 @@
 """`python -m unicl_jax.evaluate`: suites on a tiny model, stopped and resumed."""
 
 import csv
+import errno
 import json
 
 import jax
@@ -146,6 +147,37 @@ def test_what_is_done_is_not_done_again_and_changed_data_is(run, tmp_path, monke
         path.write_bytes(whole)
 
 
+@pytest.mark.parametrize("change", ["picture", "squash"])
+def test_a_mended_picture_and_another_crop_are_seen(run, tmp_path, monkeypatch, change):
+    model = unicl_jax.load(run[0])
+    model.crop_pct = 1.0
+    monkeypatch.setattr(evaluate, "_load", lambda options: model)
+    suite = tmp_path / "own.toml"
+    row = '[[task]]\nname = "own"\nclass_names = ["red", "blue"]\ntemplates = ["{}"]\n'
+    suite.write_text(row)
+    for name in ("red", "blue"):
+        path = tmp_path / "data/own/test" / name / "a.png"
+        path.parent.mkdir(parents=True)
+        picture = np.zeros((20, 40, 3), np.uint8)
+        picture[:, :20] = 255
+        Image.fromarray(picture).save(path)
+    options = [f"--suite={suite}", f"--data_dir={tmp_path / 'data'}"]
+    options = [f"--checkpoint={run[0]}", *options, "--protocol=zero_shot"]
+
+    def embedded():
+        assert evaluate.main([*options, f"--out={tmp_path / 'out'}"]) == 0
+        kept = features.read(tmp_path / "out/tasks/own/features_test.npz")
+        return kept.image[kept.label == 0]
+
+    first = embedded()
+    np.testing.assert_array_equal(embedded(), first)
+    if change == "picture":
+        Image.new("RGB", (20, 40), "red").save(tmp_path / "data/own/test/red/a.png")
+    else:
+        suite.write_text(row + "squash = true\n")
+    assert np.abs(embedded() - first).max() > 1e-3
+
+
 def test_an_extraction_that_is_killed_goes_on_with_the_parts_it_has(
     run, tmp_path, monkeypatch
 ):
@@ -230,11 +262,37 @@ def test_another_model_is_refused_before_it_overwrites(run, tmp_path):
         (["--checkpoint=/nowhere"], "is no file or folder"),
         (["picture.png"], "--names"),
         (["--names=/nowhere.txt", "picture.png"], "/nowhere.txt"),
+        (["--task=squares", "--out={file}/x"], "name another folder with --out"),
     ],
 )
 def test_wrong_input_is_answered(run, tmp_path, capsys, options, said):
+    options = [option.replace("{file}", str(run[1])) for option in options]
     assert call(run, tmp_path, *options) == evaluate.BAD_INPUT
     assert said in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_is_said(run, tmp_path, monkeypatch, capsys):
+    def full(*arguments, **arrays):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert call(run, tmp_path, "--task=squares", "--protocol=zero_shot") > 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "cannot be written (No space left on device)" in said
+
+
+def test_what_looks_like_markup_is_printed(run, tmp_path, capsys):
+    assert call(run, tmp_path / "a[x] [/y]", "--task=gone,captions") == 1
+    assert "a[x] [/y]" in capsys.readouterr().out.replace("\n", "")
+    assert call(run, tmp_path / "b", "--task=gone", "--data_dir=/[x]/[/y]") == 1
+    assert "/[x]/[/y]/gone" in capsys.readouterr().out.replace("\n", "")
+    names, picture = tmp_path / "names.txt", tmp_path / "a[red].png"
+    names.write_text("[red]\n[/green]\n")
+    Image.new("RGB", (40, 30), "red").save(picture)
+    options = [f"--checkpoint={run[0]}", f"--names={names}", str(picture)]
+    assert evaluate.main(options) == 0
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("a[red].png", "[red]", "[/green]"))
 
 
 def test_a_protocol_that_cannot_be_done_says_why(run, tmp_path):

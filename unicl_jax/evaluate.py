@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -89,7 +90,7 @@ def _evaluate(options, console):
     if any(task["protocols"] for task in found["tasks"].values()):
         console.print(results.table(found, one or list(PROTOCOLS)))
     if suite.provisional:
-        console.print(f"{suite.name} is provisional: {suite.provisional}")
+        console.print(f"{suite.name} is provisional: {suite.provisional}", markup=False)
     wanted = [found["tasks"][name] for name in names]
     missing = {
         name: task["missing"]
@@ -97,7 +98,7 @@ def _evaluate(options, console):
         if task["missing"]
     }
     for name, why in missing.items():
-        console.print(f"{name} is missing: {why['how']}", highlight=False)
+        console.print(f"{name} is missing: {why['how']}", highlight=False, markup=False)
     failed = False
     for name, task in zip(names, wanted, strict=True):
         for protocol, said in task["protocols"].items():
@@ -105,13 +106,20 @@ def _evaluate(options, console):
                 continue
             if "error" in said:
                 failed = True
-                console.print(f"{name}, {protocol}: {said['error']}", highlight=False)
+                console.print(
+                    f"{name}, {protocol}: {said['error']}",
+                    highlight=False,
+                    markup=False,
+                )
             elif said.get("said"):
-                console.print(f"{name}, {protocol}: {said['said']}", highlight=False)
+                console.print(
+                    f"{name}, {protocol}: {said['said']}", highlight=False, markup=False
+                )
     seconds = time.perf_counter() - start
     console.print(
         f"results.json, results.csv and tasks/: {out} ({seconds:.0f} s)",
         highlight=False,
+        markup=False,
     )
     return INCOMPLETE if failed or missing else 0
 
@@ -124,7 +132,7 @@ def _name_pictures(options, console):
     table.add_column("names, the likeliest first, %", overflow="fold")
     for picture, best in named.items():
         said = ", ".join(f"{name} {100 * share:.1f}" for name, share in best)
-        table.add_row(Path(picture).name, said)
+        table.add_row(escape(Path(picture).name), escape(said))
     console.print(table)
     return 0
 
@@ -239,7 +247,7 @@ class _progress:
     def __enter__(self):
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.fields[at]}"),
                 console=self._console,
