@@ -300,3 +300,17 @@ def test_a_suite_of_ones_own(tmp_path):
         load_suite(str(file))
     with pytest.raises(InputError, match='two are "pets"'):
         load_tasks([ROW, ROW], "mine", "mine.toml")
+
+
+def test_a_row_like_another_finds_the_others_folders_too(tmp_path):
+    path = tmp_path / "mine.toml"
+    row = 'like = "elevater20/food101"\nname = "food_81"\ntemplates = "unicl_81"'
+    path.write_text(f"[[task]]\n{row}\n")
+    task = load_suite(str(path)).task("food_81")
+    data = tmp_path / "data"
+    (data / "food101" / "test" / "apple_pie").mkdir(parents=True)
+    (data / "food101" / "test" / "apple_pie" / "1.jpg").touch()
+    assert task.find("test", str(data)).folder == str(data / "food101")
+    (data / "food_81" / "test" / "apple_pie").mkdir(parents=True)
+    (data / "food_81" / "test" / "apple_pie" / "1.jpg").touch()
+    assert task.find("test", str(data)).folder == str(data / "food_81")

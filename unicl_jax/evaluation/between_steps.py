@@ -217,7 +217,10 @@ def _task(name: str, task: str) -> Task:
             f'evaluations.{name}.task must be "suite/task", as "elevater20/cifar10": '
             f'got "{task}".'
         )
-    return load_suite(suite).task(row)
+    try:
+        return load_suite(suite).task(row)
+    except InputError as error:
+        raise InputError(f"evaluations.{name}.task: {error}") from error
 
 
 def _check_same_classes(name, source, train):

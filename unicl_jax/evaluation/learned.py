@@ -10,7 +10,6 @@ from unicl_jax.evaluation.judge import judged
 def knn(context: Context) -> Outcome:
     """The nearest training images vote, by cosine."""
     data, test = context.training(), context.features("test")
-    context.progress.start(f"{context.task.name}: k-NN")
     k = min(context.options.neighbors, len(data.image))
     scores = nearest.knn(
         data.image, data.label, test.image, k=k, classes=context.task.num_classes
@@ -28,7 +27,6 @@ def linear_probe(context: Context) -> Outcome:
         validation = context.features("val")[:2]
     if context.options.text_head and context.embedder.has_texts:
         start = context.classes()
-    context.progress.start(f"{task.name}: linear probe")
     found = probe.linear_probe(
         data.image,
         data.label,
@@ -87,7 +85,6 @@ def logistic_probe(context: Context) -> Outcome:
     """CLIP's probe: logistic regression by L-BFGS, C chosen on validation data."""
     data, test, task = context.features("train"), context.features("test"), context.task
     validation = context.features("val")[:2] if "val" in context.splits else None
-    context.progress.start(f"{task.name}: logistic probe")
     found = logistic.logistic_probe(
         data.image,
         data.label,
@@ -117,7 +114,6 @@ def few_shot(context: Context) -> Outcome:
     if options.text_head and context.embedder.has_texts:
         start = context.classes()
     steps, count = iter(range(1, 10**6)), len(options.shots) * len(options.seeds)
-    context.progress.start(f"{task.name}: few-shot")
     found = few.few_shot(
         data.image,
         data.label,

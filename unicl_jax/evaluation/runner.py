@@ -129,7 +129,7 @@ def _one(context: Context, protocol: str) -> dict[str, Any]:
             context.records.update(before["split_records"])
             return before["summary"]
         start = time.perf_counter()
-        context.progress.start(f"{task.name}: {protocol}")
+        context.progress.start(f"{task.name}: {protocol.replace('_', ' ')}")
         outcome = PROTOCOLS[protocol].run(context)
     except Missing:
         raise

@@ -67,8 +67,10 @@ def task_of(
             f'{at}: fields must be known: got "{unknown[0]}"; '
             f"{did_you_mean(unknown[0], FIELDS)}"
         )
+    folders = []
     if "like" in row:
-        row = {**like(row.pop("like"), f"{at}: like"), **row}
+        found = like(row.pop("like"), f"{at}: like")
+        folders, row = [found["name"]], {**found, **row}
     name = row.get("name", "")
     if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
         raise InputError(
@@ -86,7 +88,7 @@ def task_of(
         metric="",
         sizes=_sizes(at, row.get("sizes", {})),
         how=str(row.get("how", "")),
-        where=_places(at, file, name, kind, row.get("where")),
+        where=_places(at, file, [name, *folders], kind, row.get("where")),
         squash=squash,
     )
     if kind == "retrieval":
@@ -144,8 +146,8 @@ def _sizes(at, sizes):
     return dict(sizes)
 
 
-def _places(at, file, name, kind, where):
-    """The row's places, and then where everybody may put a task's data."""
+def _places(at, file, names, kind, where):
+    """The row's places, and then where everybody may put data of these names."""
     if where is None:
         where = []
     if not isinstance(where, list) or not all(isinstance(w, Mapping) for w in where):
@@ -158,7 +160,8 @@ def _places(at, file, name, kind, where):
         formats.remove("folder")
     if kind == "multi_label":
         formats.remove("prepared")
-    standard = [Place(format_, name) for format_ in formats]
+    names = dict.fromkeys(names)
+    standard = [Place(format_, name) for name in names for format_ in formats]
     given = [(place.format, place.path) for place in places]
     places += [p for p in standard if (p.format, p.path) not in given]
     return tuple(places)
