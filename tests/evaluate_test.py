@@ -334,5 +334,79 @@ def test_a_name_is_told_from_trained_weights(run, tmp_path, monkeypatch):
 
 def test_results_that_cannot_be_read_say_so(tmp_path):
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(InputError, match="delete it"):
-        results.read_results(tmp_path)
+    for text in ("{", "3", '{"model": []}', '{"tasks": null}', '{"tasks": {"a": 3}}'):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(InputError, match="delete it"):
+            results.read_results(tmp_path)
+
+
+def test_two_evaluations_are_not_at_work_in_one_folder(run, tmp_path, capsys):
+    with results.held(tmp_path):
+        assert call(run, tmp_path, "--task=squares") == evaluate.BAD_INPUT
+    assert "another" in capsys.readouterr().err
+    assert call(run, tmp_path, "--task=squares", "--protocol=zero_shot") == 0
+
+
+def test_results_of_a_task_that_was_changed_are_not_shown_beside_new_ones(
+    run, tmp_path
+):
+    suite, text = tmp_path / "squares.toml", run[1].read_text()
+    options = [f"--checkpoint={run[0]}", f"--suite={suite}", "--task=squares"]
+    options.append(f"--out={tmp_path / 'out'}")
+
+    def shown(*more):
+        assert evaluate.main([*options, *more]) == 0
+        found = json.loads((tmp_path / "out/results.json").read_text())
+        return {*found["tasks"]["squares"]["protocols"]}
+
+    suite.write_text(text)
+    shown("--protocol=zero_shot")
+    assert shown("--protocol=knn", "--neighbors=3") == {"zero_shot", "knn"}
+    assert shown("--protocol=zero_shot") == {"zero_shot", "knn"}
+    suite.write_text(text.replace('"short"', '["{}"]'))
+    assert shown("--protocol=knn") == {"knn"}
+
+
+@pytest.mark.parametrize("how", ["damaged", "other"])
+def test_thumbnails_that_are_damaged_or_of_other_data_are_drawn_anew(
+    run, tmp_path, how
+):
+    assert call(run, tmp_path, "--task=captions") == 0
+    path = tmp_path / "tasks/captions/thumbnails.npz"
+    with np.load(path) as arrays:
+        before = dict(arrays)
+    path.write_bytes(path.read_bytes()[:99])
+    if how == "other":
+        np.savez(path, **before | dict(images=255 - before["images"], key="another"))
+    (tmp_path / "tasks/captions/retrieval.json").unlink()
+    assert call(run, tmp_path, "--task=captions") == 0
+    with np.load(path) as arrays:
+        np.testing.assert_array_equal(arrays["images"], before["images"])
+
+
+def test_a_task_that_no_protocol_fits_has_no_score(run, tmp_path, capsys):
+    assert call(run, tmp_path, "--task=captions", "--protocol=knn") == 1
+    assert "captions has no score: knn: not for tasks" in capsys.readouterr().out
+
+
+def test_a_probe_of_several_labels_has_one_map(run, tmp_path):
+    suite, path = tmp_path / "s.toml", tmp_path / "several"
+    suite.write_text(
+        '[[task]]\nname = "several"\nkind = "multi_label"\nmetric = "map11"\n'
+        'templates = ["{}"]\nclass_names = ["red", "green", "blue"]\n'
+    )
+    path.mkdir()
+    draw = np.random.default_rng(0)
+    for split in ("train", "test"):
+        labels = (draw.random((24, 3)) < 0.5).astype(np.uint8)
+        labels[np.arange(24), np.arange(24) % 3] = 1
+        images = draw.integers(0, 150, (24, 16, 16, 3))
+        images = (images + 60 * labels[:, None, None]).astype(np.uint8)
+        names = np.array(["red", "green", "blue"])
+        np.savez(path / f"{split}.npz", images=images, labels=labels, class_names=names)
+    options = [f"--checkpoint={run[0]}", f"--suite={suite}", f"--data_dir={tmp_path}"]
+    out = tmp_path / "out"
+    assert evaluate.main([*options, f"--out={out}", "--protocol=linear_probe"]) == 0
+    found = json.loads((out / "results.json").read_text())["tasks"]["several"]
+    probe = found["protocols"]["linear_probe"]
+    assert probe["score"] == pytest.approx(probe["metrics"]["map11"], abs=1e-9)

@@ -101,6 +101,11 @@ def _evaluate(options, console):
         console.print(f"{name} is missing: {why['how']}", highlight=False, markup=False)
     failed = False
     for name, task in zip(names, wanted, strict=True):
+        done = task["protocols"]
+        if not task["missing"] and not {*(one or done)} & {*done}:
+            failed = True
+            whys = "; ".join(f"{p}: {why}" for p, why in task["skipped"].items())
+            console.print(f"{name} has no score: {whys}", highlight=False, markup=False)
         for protocol, said in task["protocols"].items():
             if one and protocol not in one:
                 continue

@@ -103,7 +103,7 @@ def read(path: Path, key: str | None = None) -> Features | None:
       The features; None if there are none, or of something else, or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if key is None or str(arrays["key"]) == key:
                 return _features(arrays)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

@@ -1,10 +1,14 @@
 """Protocols that learn from a task's training set, on features that stay."""
 
+import jax
+import numpy as np
+
 from unicl_jax.evaluation import few_shot as few
 from unicl_jax.evaluation import knn as nearest
 from unicl_jax.evaluation import logistic, probe
 from unicl_jax.evaluation.context import Context, Outcome
 from unicl_jax.evaluation.judge import judged
+from unicl_jax.evaluation.scores import OF_SEVERAL_LABELS
 
 
 def knn(context: Context) -> Outcome:
@@ -37,7 +41,10 @@ def linear_probe(context: Context) -> Outcome:
         validation=validation,
         start=start,
     )
-    outcome, theirs = judged(context, found.scores, test), found.elevater
+    scores, theirs = found.scores, found.elevater
+    if task.metric in OF_SEVERAL_LABELS:  # ranked as the sweep ranks them
+        scores = np.asarray(jax.nn.softmax(scores, axis=-1))
+    outcome = judged(context, scores, test)
     details = outcome.details | {
         "head_init": "random" if start is None else "text",
         "chosen": {

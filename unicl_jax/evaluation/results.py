@@ -1,10 +1,12 @@
 """What an evaluation found: files that a second call goes on from, and a table."""
 
+import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,45 @@ def read_results(out: str | Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text("utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is no object")
+        tasks = found.get("tasks", {}).values()
+        if not isinstance(found.get("model", {}), dict) or not all(
+            isinstance(task["protocols"], dict) for task in tasks
+        ):
+            raise ValueError("it holds something else")
         return found
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise InputError(
             f'"{path}" must hold an evaluation\'s results: it cannot be read '
             f"({error}); delete it, and the evaluation is summed up anew."
         ) from error
+
+
+@contextlib.contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keeps others out of a folder of results, whose files are of one evaluation.
+
+    Args:
+      out: the folder; it is made.
+
+    Raises:
+      InputError: if another evaluation is at work there, or it cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f'"{out}" must have one evaluation at work: there is another; wait for '
+                "it, or name another folder with --out."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -221,7 +254,11 @@ def _write(path, text):
         temporary.write_text(text, "utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(
-            f'results are kept in files: "{path}" cannot be written '
-            f"({error.strerror}); name another folder with --out."
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path, error):
+    return InputError(
+        f'results are kept in files: "{path}" cannot be written '
+        f"({error.strerror}); name another folder with --out."
+    )

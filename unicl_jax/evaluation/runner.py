@@ -1,5 +1,6 @@
 """Goes through a suite: each task by each protocol, once; what is done is kept."""
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -7,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -66,38 +68,42 @@ def evaluate(
     protocols = (*PROTOCOLS,) if protocols == ("all",) else protocols or quick
     for name in protocols:
         choose(PROTOCOLS, name, "--protocol")
-    found = _start(out, embedder, suite, model)
-    for name in tasks or known:
-        task = known[name]
-        context = Context(
-            embedder, task, out / "tasks" / name, data_dir, options, progress
-        )
-        said = {
-            "title": task.title,
-            "kind": task.kind,
-            "classes": task.num_classes,
-            "class_names": list(task.class_names),
-            "metric": task.metric,
-            "records": context.records,
-            "missing": None,
-            "skipped": {},
-            "protocols": found["tasks"].get(name, {}).get("protocols", {}),
-        }
-        found["tasks"][name] = said
-        try:
-            task.find("test", data_dir)
-            for protocol in protocols:
-                if why := PROTOCOLS[protocol].unfit(context):
-                    said["skipped"][protocol] = why
-                    continue
-                said["protocols"][protocol] = _one(context, protocol)
-                results.write_json(out / "results.json", found)
-        except Missing as missing:
-            said["missing"] = {"why": missing.why, "how": missing.how}
-            progress.say(f"{name}: {missing.why}")
-        results.write_json(out / "results.json", found)
-    results.write_csv(out / "results.csv", found)
-    return found
+    with results.held(out):
+        found = _start(out, embedder, suite, model)
+        for name in tasks or known:
+            task = known[name]
+            context = Context(
+                embedder, task, out / "tasks" / name, data_dir, options, progress
+            )
+            said = {
+                "title": task.title,
+                "kind": task.kind,
+                "classes": task.num_classes,
+                "class_names": list(task.class_names),
+                "metric": task.metric,
+                "records": context.records,
+                "missing": None,
+                "skipped": {},
+                "protocols": found["tasks"].get(name, {}).get("protocols", {}),
+            }
+            found["tasks"][name] = said
+            try:
+                task.find("test", data_dir)
+                for protocol in {*said["protocols"]} - {*protocols}:
+                    if not _holds(context, protocol):
+                        del said["protocols"][protocol]
+                for protocol in protocols:
+                    if why := PROTOCOLS[protocol].unfit(context):
+                        said["skipped"][protocol] = why
+                        continue
+                    said["protocols"][protocol] = _one(context, protocol)
+                    results.write_json(out / "results.json", found)
+            except Missing as missing:
+                said["missing"] = {"why": missing.why, "how": missing.how}
+                progress.say(f"{name}: {missing.why}")
+            results.write_json(out / "results.json", found)
+        results.write_csv(out / "results.csv", found)
+        return found
 
 
 def _start(out, embedder, suite, model):
@@ -145,6 +151,7 @@ def _one(context: Context, protocol: str) -> dict[str, Any]:
     written = {
         "protocol": protocol,
         "key": key,
+        "of": _key(context, protocol, with_options=False),
         **summary,
         **outcome.details,
         "summary": summary,
@@ -164,6 +171,18 @@ def _kept(path, key):
     return None
 
 
+def _holds(context, protocol):
+    """Whether a result that is not asked for now is of the same data and task."""
+    try:
+        path = context.folder / f"{protocol}.json"
+        of = json.loads(path.read_text("utf-8"))["of"]
+        return of == _key(context, protocol, with_options=False)
+    except InputError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return True  # an error, or of an older version
+
+
 def _summary(outcome: Outcome, seconds: float) -> dict[str, Any]:
     return {
         "score": outcome.score,
@@ -176,7 +195,7 @@ def _summary(outcome: Outcome, seconds: float) -> dict[str, Any]:
     }
 
 
-def _key(context, protocol):
+def _key(context, protocol, with_options=True):
     """What a result is of: model, data, task, and the options that it heeds."""
     task, chosen = context.task, PROTOCOLS[protocol]
     parts = [
@@ -184,8 +203,9 @@ def _key(context, protocol):
         context.embedder.digest,
         repr((task.kind, task.metric, task.templates, task.class_names, task.squash)),
         *[context.fingerprint(s) for s in chosen.splits(context)],
-        *[f"{name}={getattr(context.options, name)!r}" for name in chosen.options],
     ]
+    for name in chosen.options if with_options else ():
+        parts.append(f"{name}={getattr(context.options, name)!r}")
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=12).hexdigest()
 
 
@@ -194,12 +214,14 @@ def _keep_thumbnails(context, outcome):
     if not outcome.examples:
         return
     path, index = context.folder / "thumbnails.npz", np.unique(outcome.examples)
-    kept = []
-    if path.is_file():
-        with np.load(path) as before:
-            index = np.setdiff1d(index, before["index"])
-            kept = [(before["images"], before["index"])]
+    kept, key = [], context.fingerprint("test")
+    # None, or damaged, or of other pictures: they are drawn anew.
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, BadZipFile):
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as before:
+            if str(before["key"]) == key:
+                kept = [(before["images"], before["index"])]
+                index = np.setdiff1d(index, before["index"])
     if len(index):
         kept.append((thumbnails(context.source("test"), index), index))
         images, index = map(np.concatenate, zip(*kept, strict=True))
-        write_arrays(path, images=images, index=index)
+        write_arrays(path, images=images, index=index, key=np.array(key))
