@@ -129,6 +129,36 @@ def test_wrong_fields_are_answered(run, tmp_path, fields, said):
         train.run(config, tmp_path / "run")
 
 
+def test_several_labels_are_hit_by_any_of_them_and_not_probed_by_accuracy(
+    run, tmp_path
+):
+    path, labels = tmp_path / "real", np.eye(3, dtype=np.uint8)[np.arange(9) % 3]
+    path.mkdir()
+    labels[0], labels[1] = 0, 1
+    images = np.random.default_rng(0).integers(0, 255, (9, 16, 16, 3)).astype(np.uint8)
+    names = np.array(["red", "green", "blue"])
+    for split in ("train", "test"):
+        np.savez(path / f"{split}.npz", images=images, labels=labels, class_names=names)
+    suite = tmp_path / "own.toml"
+    suite.write_text(
+        '[[task]]\nname = "real"\nkind = "multi_label"\ntemplates = ["{}"]\n'
+        'class_names = ["red", "green", "blue"]\n'
+    )
+    config = tiny_run.config(run[0])
+    config.evaluations = dict(
+        real=dict(task=f"{suite}/real", data_dir=str(tmp_path), protocol="linear_probe")
+    )
+    with pytest.raises(InputError, match="needs a metric of them"):
+        train.run(config, tmp_path / "run")
+    config.evaluations.real.protocol = "zero_shot"
+    config.total_steps = 3
+    scores = train.run(config, tmp_path / "again")
+    assert scores["eval/real_accuracy"] * 8 == pytest.approx(
+        round(scores["eval/real_accuracy"] * 8)
+    )
+    assert scores["eval/real_accuracy"] >= 1 / 8  # the record of all classes
+
+
 def test_what_learns_no_names_can_be_probed(run):
     config = tiny_run.config(run[0])
     config.objective, config.views = "supcon", 2

@@ -12,6 +12,7 @@ from unicl_jax.data.records import Source
 from unicl_jax.errors import InputError, choose
 from unicl_jax.evaluation import knn, probe, retrieval, texts
 from unicl_jax.evaluation.encoders import Encoders, embedded
+from unicl_jax.evaluation.scores import OF_SEVERAL_LABELS
 from unicl_jax.evaluation.suites import load_suite
 from unicl_jax.evaluation.tasks import Task
 from unicl_jax.evaluation.zero_shot import TOP, Scores, ZeroShotTask, measured
@@ -187,6 +188,16 @@ def make_task(
             raise InputError(
                 f"evaluations.{name}: a task of {task.kind.replace('_', ' ')} cannot "
                 f'be judged by "{protocol}"; set `protocol` to {" or ".join(fits)}.'
+            )
+        if (
+            task.kind == "multi_label"
+            and protocol in LEARNING
+            and task.metric not in OF_SEVERAL_LABELS
+        ):
+            raise InputError(
+                f'evaluations.{name}: "{protocol}" of a task of several labels needs '
+                f'a metric of them, as map11: "{task.name}" has "{task.metric}"; set '
+                '`protocol` to "zero_shot".'
             )
         metric, templates = task.metric, templates or task.templates
         split = {"data_dir": config.get("data_dir") or None, "image_size": image_size}

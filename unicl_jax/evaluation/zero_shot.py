@@ -167,6 +167,11 @@ def measured(
             there = records > 0
             metrics[metric] = float((right[there] / records[there]).mean())
         metrics |= {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(1).mean())}
+    elif metric in OF_HITS:  # ReaL: any of its classes; records of none don't count
+        hits = np.take_along_axis(labels, predictions[:, :1], 1)[labels.any(1), 0]
+        if not len(hits):
+            raise InputError("a record must have a class: none of the set has one.")
+        metrics[metric] = float((hits > 0).mean())
     return metrics
 
 
