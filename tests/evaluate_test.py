@@ -208,6 +208,29 @@ def test_an_extraction_that_is_killed_goes_on_with_the_parts_it_has(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["features.npz", "whole.npz"]
 
 
+def test_a_damaged_part_is_embedded_again(run, tmp_path, monkeypatch):
+    embedder = Embedder(unicl_jax.load(run[0]), batch_size=4)
+    images = np.zeros((24, 16, 16, 3), np.uint8)
+    source = ArraySource("x", images, labels=np.arange(24) % 3, class_names="abc")
+    monkeypatch.setattr(features, "PART", 8)
+    monkeypatch.setattr(features, "ROWS", 8)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done, of):
+        if done == of:
+            raise Killed
+
+    path, told = tmp_path / "features.npz", []
+    with pytest.raises(Killed):
+        features.extract(embedder, source, path, kill)
+    (tmp_path / "features.parts" / "00001.npz").write_bytes(b"PK\x03\x04 cut off")
+    found = features.extract(embedder, source, path, lambda *x: told.append(x))
+    assert told == [(8, 24), (16, 24), (24, 24)]
+    np.testing.assert_array_equal(found.index, np.arange(24))
+
+
 def test_records_that_cannot_be_read_are_no_rows(run, tmp_path):
     class Holey(ArraySource):
         def stream(self, requests):

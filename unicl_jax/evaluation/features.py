@@ -73,10 +73,10 @@ def extract(
         between(min(start, count), count)
         rows = _stream(embedder, source, start, between)
         for first in range(start, count, PART):
-            part = _joined([next(rows) for _ in range(_batches(first, count))])
-            done.append(parts / f"{first // PART:05d}.npz")
-            write_arrays(done[-1], **part._asdict())
-        found = _joined([_features(np.load(one, allow_pickle=False)) for one in done])
+            done.append(_joined([next(rows) for _ in range(_batches(first, count))]))
+            path_of_part = parts / f"{first // PART:05d}.npz"
+            write_arrays(path_of_part, **done[-1]._asdict())
+        found = _joined(done)
         write_arrays(path, key=np.array(key), **found._asdict())
         shutil.rmtree(parts)
     except OSError as error:
@@ -156,10 +156,10 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def _whole_parts(parts):
-    """The files that are there without a gap."""
+    """What the files hold, up to the first that is missing or damaged."""
     done = []
-    while (path := parts / f"{len(done):05d}.npz").is_file():
-        done.append(path)
+    while (part := read(parts / f"{len(done):05d}.npz")) is not None:
+        done.append(part)
     return done
 
 
