@@ -1,11 +1,9 @@
 """Few-shot subsets and the probes on them."""
 
-import functools
-
 import numpy as np
 import pytest
+import real_features
 
-from unicl_jax.data import quickstart
 from unicl_jax.errors import InputError
 from unicl_jax.evaluation import scores
 from unicl_jax.evaluation.elevater import subset
@@ -17,16 +15,8 @@ QUICK = Protocol(
 )._replace(final_epochs=10)
 
 
-@functools.cache
-def fashion(records=1500, test=400, dim=48):
-    """Real images: random projections of Fashion-MNIST's pixels, and their labels."""
-    project = np.random.default_rng(0).normal(size=(32 * 32, dim)) / 32
-    sets = []
-    for part, count in (("train", records), ("test", test)):
-        found = quickstart.fashion_mnist(part)
-        pixels = found.images[:count, :, :, 0].reshape(count, -1) / 255
-        sets += [(pixels @ project).astype(np.float32), found.labels[:count]]
-    return sets
+def fashion(records=1500, test=400):
+    return real_features.fashion(records, test, 48)
 
 
 def test_a_subset_has_so_many_of_each_class():

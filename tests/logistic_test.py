@@ -4,8 +4,9 @@ import functools
 
 import numpy as np
 import pytest
+import real_features
+from real_features import several
 
-from unicl_jax.data import quickstart
 from unicl_jax.errors import InputError
 from unicl_jax.evaluation import lbfgs
 from unicl_jax.evaluation.logistic import logistic_probe
@@ -13,20 +14,8 @@ from unicl_jax.evaluation.logistic import logistic_probe
 FEW = dict(costs=(1e-3, 1e-1, 10.0), coarse=1, max_iterations=200)
 
 
-@functools.cache
-def fashion(records=600, test=300, dim=24):
-    """Real images: random projections of Fashion-MNIST's pixels, and their labels."""
-    project = np.random.default_rng(0).normal(size=(32 * 32, dim)) / 32
-    sets = []
-    for part, count in (("train", records), ("test", test)):
-        found = quickstart.fashion_mnist(part)
-        pixels = found.images[:count, :, :, 0].reshape(count, -1) / 255
-        sets += [(pixels @ project).astype(np.float32), found.labels[:count]]
-    return sets
-
-
-def several(labels):
-    return np.eye(12, dtype=int)[labels] + np.eye(12, dtype=int)[10 + labels % 2]
+def fashion(records=600, test=300):
+    return real_features.fashion(records, test, 24)
 
 
 def scikit_learns(x, y, cost):

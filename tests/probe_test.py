@@ -5,8 +5,9 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import real_features
+from real_features import several
 
-from unicl_jax.data import quickstart
 from unicl_jax.errors import InputError
 from unicl_jax.evaluation import elevater, heads
 from unicl_jax.evaluation.probe import Curve, Protocol, linear_probe
@@ -16,21 +17,8 @@ QUICK = Protocol(
 )._replace(final_epochs=4)
 
 
-@functools.cache
-def fashion(records=400, test=200, dim=48):
-    """Real images: random projections of Fashion-MNIST's pixels, and their labels."""
-    project = np.random.default_rng(0).normal(size=(32 * 32, dim)) / 32
-    sets = []
-    for part, count in (("train", records), ("test", test)):
-        found = quickstart.fashion_mnist(part)
-        pixels = found.images[:count, :, :, 0].reshape(count, -1) / 255
-        sets += [(pixels @ project).astype(np.float32), found.labels[:count]]
-    return sets
-
-
-def several(labels):
-    """Two labels a record: the class, and whether it is even."""
-    return np.eye(12, dtype=int)[labels] + np.eye(12, dtype=int)[10 + labels % 2]
+def fashion(records=400, test=200):
+    return real_features.fashion(records, test, 48)
 
 
 def by_pytorch(train, held, start, rate, decay, order, scale, several):
