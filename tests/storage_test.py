@@ -174,16 +174,12 @@ def test_killed_while_it_saves_a_run_ends_in_the_same_bits(gcs, tiny, local, cap
     assert len(gcs.names("run/tensorboard/events.out.tfevents.")) == 2
 
 
-def largest(gcs, step):
-    names = gcs.names(f"run/checkpoints/{step}/state/")
-    return max(names, key=lambda name: len(gcs.read(name)))
-
-
 def test_a_damaged_checkpoint_is_set_aside(gcs, run, tiny, local, capsys):
-    before = gcs.names("run/checkpoints/6/")
-    del gcs.objects["bucket", largest(gcs, 6)]
+    # All data: which of the objects a reading needs is tensorstore's to know.
+    for name in gcs.names("run/checkpoints/6/state/"):
+        if "/d/" in name:
+            del gcs.objects["bucket", name]
     left = {name: gcs.read(name) for name in gcs.names("run/checkpoints/6/")}
-    assert len(left) == len(before) - 1
     train.run(tiny_run.config(tiny), run)
     said = capsys.readouterr().out.replace("\n", " ")
     assert "checkpoint 6 is damaged: reading it failed" in said

@@ -29,7 +29,7 @@ from unicl_jax.analysis.end_of_run import evaluation_table
 from unicl_jax.checkpoint import NotSaved
 from unicl_jax.data import sampler
 from unicl_jax.errors import InputError
-from unicl_jax.evaluation import Scores, zero_shot
+from unicl_jax.evaluation import Scores, encoders
 from unicl_jax.export import export
 from unicl_jax.workdir import prepare_workdir, saved_steps
 
@@ -627,7 +627,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_step_and_path(
 def test_pixels_are_normalised_as_the_config_says(make_config, tmp_path, monkeypatch):
     """In training and in evaluation; CLIP's weights expect it."""
     seen = []
-    for module in (augment, zero_shot):
+    for module in (augment, encoders):
 
         def normalize(images, normalization, original=module.normalize):
             seen.append(normalization)
