@@ -305,6 +305,7 @@ def command(capsys, monkeypatch):
     def run(*arguments):
         for name in ("config", "workdir", "coordinator_address", "num_processes"):
             flags.FLAGS[name].unparse()
+        _forget_overrides()
         flags.FLAGS.unparse_flags()
         monkeypatch.setattr(sys, "argv", ["main.py", *arguments])  # overrides: from it
         code = main.main(sys.argv)
@@ -313,6 +314,13 @@ def command(capsys, monkeypatch):
     yield run
     for name in ("config", "workdir", "coordinator_address", "num_processes"):
         flags.FLAGS[name].unparse()
+    _forget_overrides()
+
+
+def _forget_overrides():
+    """What overrides a config defines itself, and would be there twice."""
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, name)
 
 
 # ml_collections reads recipes by a method that Python 3.12 deprecates.

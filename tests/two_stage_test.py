@@ -140,6 +140,8 @@ def fresh_flags():
     def forget():
         for name in ("config", "workdir"):
             flags.FLAGS[name].unparse()
+        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+            delattr(flags.FLAGS, name)  # overrides define themselves
 
     forget()
     flags.FLAGS.unparse_flags()
